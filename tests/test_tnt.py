@@ -338,6 +338,13 @@ def test_torch_compile_has_no_graph_break(contract):
     torch.testing.assert_close(compiled(batch), contract(batch))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript(contract):
+    contract.eval()
+    batch = images()
+    torch.testing.assert_close(torch.jit.script(contract)(batch), contract(batch))
+
+
 def test_half_precision_keeps_every_tensor_in_its_type(contract):
     assert contract.to(torch.bfloat16)(images().bfloat16()).dtype == torch.bfloat16
 

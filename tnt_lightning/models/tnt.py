@@ -205,6 +205,8 @@ class TNT(nn.Module):
     for knobs that do not fit each other.
     """
 
+    __jit_unused_properties__ = ["pretrained_cfg", "default_cfg"]
+
     def __init__(
         self,
         *,
@@ -265,6 +267,7 @@ class TNT(nn.Module):
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
         self.image_size = _check_image(image_size, patch_size)
+        self.grid_size = _grid(self.image_size, patch_size)  # sentences down and across
         num_sentences = self.grid_size[0] * self.grid_size[1]
 
         self.word_embed = WordEmbed(patch_size=patch_size, words_per_patch=words_per_patch, in_chans=in_chans, inner_dim=inner_dim)
@@ -313,9 +316,10 @@ class TNT(nn.Module):
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Words and sentences as they enter the first block (paper, Eq. 3-5)."""
+        _, chans, height, width = images.shape
         torch._assert(
-            tuple(images.shape[1:]) == (self.in_chans, *self.image_size),
-            f"images of shape {tuple(images.shape[1:])} do not fit a model for {(self.in_chans, *self.image_size)}; "
+            (chans, height, width) == (self.in_chans, self.image_size[0], self.image_size[1]),
+            f"images of {chans}x{height}x{width} do not fit a model for {self.in_chans}x{self.image_size[0]}x{self.image_size[1]}; "
             "set_input_size() changes its image size, in_chans its channels",
         )
         words = self.word_embed(images)
@@ -327,16 +331,14 @@ class TNT(nn.Module):
             sentences = sentences + self.sentence_position
         return words, self.position_drop(sentences)
 
-    def _run(self, block: nn.Module, words: Tensor, sentences: Tensor) -> tuple[Tensor, Tensor]:
-        if self.grad_checkpointing and self.training:
-            return checkpoint(block, words, sentences, use_reentrant=False)
-        return block(words, sentences)
-
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) -> normalised tokens (B, 1+N, d), class token first."""
         words, sentences = self._embed(images)
         for block in self.blocks:
-            words, sentences = self._run(block, words, sentences)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                words, sentences = checkpoint(block, words, sentences, use_reentrant=False)
+            else:
+                words, sentences = block(words, sentences)
         return self.norm(sentences)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
@@ -369,7 +371,10 @@ class TNT(nn.Module):
         intermediates = []
         words, sentences = self._embed(x)
         for index, block in enumerate(self.blocks):
-            words, sentences = self._run(block, words, sentences)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                words, sentences = checkpoint(block, words, sentences, use_reentrant=False)
+            else:
+                words, sentences = block(words, sentences)
             if index in taken:
                 tokens = self.norm(sentences) if norm else sentences
                 prefix, features = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
@@ -405,11 +410,6 @@ class TNT(nn.Module):
         return self.forward_head(self.norm(sentences)), seen
 
     # ---- timm's contract
-
-    @property
-    def grid_size(self) -> tuple[int, int]:
-        """Sentences down and across an image."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
     def pretrained_cfg(self) -> dict:
@@ -468,6 +468,7 @@ class TNT(nn.Module):
             return
         old_grid = self.grid_size
         self.image_size = _check_image(img_size, self.patch_size)
+        self.grid_size = _grid(self.image_size, self.patch_size)
         if self.sentence_position is not None and self.grid_size != old_grid:
             resized = resample_abs_pos_embed(self.sentence_position.detach(), list(self.grid_size), list(old_grid), num_prefix_tokens=1)
             self.sentence_position = nn.Parameter(resized, requires_grad=self.sentence_position.requires_grad)
@@ -525,6 +526,10 @@ def _check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int,
             fits = [n for n in (side - below, side - below + patch_size) if n]
             raise ValueError(f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}")
     return size[0], size[1]
+
+
+def _grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    return image_size[0] // patch_size, image_size[1] // patch_size
 
 
 def _check_blocks(tnt_blocks: Sequence[int] | None, depth: int) -> set[int]:
