@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tnt_lightning import CONF
+from tnt_lightning.errors import UserError
 from tnt_lightning.models.tnt import TNT, Explanation
 
 __all__ = ["TNT", "Explanation", "build_model", "create_model"]
@@ -19,16 +20,16 @@ def build_model(*, _target_: str, **knobs: Any) -> nn.Module:
     if _target_ == "tnt_lightning.models.TNT":
         known = TNT.__init__.__kwdefaults__ or {}
         if unknown := sorted(set(knobs) - set(known)):
-            raise ValueError(f"TNT has no knob {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            raise UserError(f"TNT has no knob {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         return TNT(**knobs)
     if _target_ == "timm.create_model":
         import timm
 
         name = knobs.pop("model_name")
         if not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
-            raise ValueError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
+            raise UserError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
         return timm.create_model(name, pretrained=False, **knobs)
-    raise ValueError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
+    raise UserError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
 
 
 def model_names() -> list[str]:
@@ -43,7 +44,7 @@ def create_model(name: str, **knobs: Any) -> nn.Module:
     ValueError for an unknown name, or knobs that do not fit.
     """
     if name not in model_names():
-        raise ValueError(f"model {name!r} not found; available: {', '.join(model_names())}")
+        raise UserError(f"model {name!r} not found; available: {', '.join(model_names())}")
     defaults = {"data": {"in_chans": 3, "num_classes": 1000}, "recipe": {"drop_path_rate": 0.0}}
     config = OmegaConf.merge(defaults, OmegaConf.load(CONF / "model" / f"{name}.yaml"))
     section = OmegaConf.to_container(config.model, resolve=True)

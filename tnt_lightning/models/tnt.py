@@ -18,6 +18,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tnt_lightning.errors import UserError
+
 POSITION_ENCODINGS = ("none", "sentence", "word", "both")
 GLOBAL_POOLS = ("token", "avg", "")
 
@@ -240,7 +242,7 @@ class TNT(nn.Module):
         if inner_dim is None:
             if outer_dim % words_per_patch:
                 fits = [m for m in _word_counts(patch_size) if outer_dim % m == 0]
-                raise ValueError(
+                raise UserError(
                     f"words_per_patch={words_per_patch} does not divide outer_dim={outer_dim}, so that inner_dim has no whole value; "
                     f"set inner_dim, or try words_per_patch from {fits}"
                 )
@@ -252,12 +254,12 @@ class TNT(nn.Module):
         _check_choice("global_pool", global_pool, GLOBAL_POOLS)
         _check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         if not isinstance(mlp_ratio, (int, float)) or not int(min(inner_dim, outer_dim) * mlp_ratio) >= 1:
-            raise ValueError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit; the paper's is 4")
+            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit; the paper's is 4")
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
             if not isinstance(value, bool):
-                raise ValueError(f"{name}={value!r} is neither true nor false")
+                raise UserError(f"{name}={value!r} is neither true nor false")
         if se and outer_dim < 4:
-            raise ValueError(f"se=True needs outer_dim of at least 4, not {outer_dim}")
+            raise UserError(f"se=True needs outer_dim of at least 4, not {outer_dim}")
 
         self.num_classes = num_classes
         self.in_chans = in_chans
@@ -394,7 +396,7 @@ class TNT(nn.Module):
         """
         chosen = set(range(1, len(self.blocks) + 1)) if blocks is None else set(blocks)
         if out := sorted(chosen - set(range(1, len(self.blocks) + 1))):
-            raise ValueError(f"blocks={out}: this model has the blocks 1 to {len(self.blocks)}")
+            raise UserError(f"blocks={out}: this model has the blocks 1 to {len(self.blocks)}")
         seen = Explanation({}, {}, {}, {})
         words, sentences = self._embed(images)
         for number, block in enumerate(self.blocks, start=1):
@@ -463,7 +465,7 @@ class TNT(nn.Module):
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
         """Take images of another size: the sentence positions are resized as timm does (bicubic, antialiased, class token kept)."""
         if patch_size not in (None, self.patch_size):
-            raise ValueError(f"patch_size={patch_size}: the words of a trained model fix its patches at {self.patch_size}")
+            raise UserError(f"patch_size={patch_size}: the words of a trained model fix its patches at {self.patch_size}")
         if img_size is None:
             return
         old_grid = self.grid_size
@@ -488,23 +490,23 @@ def _word_counts(patch_size: int) -> list[int]:
 def _check_whole(lowest: int = 1, **knobs: int) -> None:
     for name, value in knobs.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise ValueError(f"{name}={value!r} is not a whole number of at least {lowest}")
+            raise UserError(f"{name}={value!r} is not a whole number of at least {lowest}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(repr(choice) for choice in choices)}")
+        raise UserError(f"{name}={value!r} is not one of {', '.join(repr(choice) for choice in choices)}")
 
 
 def _check_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
-            raise ValueError(f"{name}={rate!r} is not a rate from 0 to below 1")
+            raise UserError(f"{name}={rate!r} is not a rate from 0 to below 1")
 
 
 def _check_words(words_per_patch: int, patch_size: int) -> None:
     if words_per_patch not in _word_counts(patch_size):
-        raise ValueError(
+        raise UserError(
             f"words_per_patch={words_per_patch} does not cut a patch of patch_size={patch_size} into equal squares; "
             f"try one of {_word_counts(patch_size)}"
         )
@@ -512,19 +514,19 @@ def _check_words(words_per_patch: int, patch_size: int) -> None:
 
 def _check_heads(where: str, heads: int, dim: int) -> None:
     if dim % heads:
-        raise ValueError(f"{where}_heads={heads} does not divide {where}_dim={dim}; try one of {_divisors(dim)}")
+        raise UserError(f"{where}_heads={heads} does not divide {where}_dim={dim}; try one of {_divisors(dim)}")
 
 
 def _check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2:
-        raise ValueError(f"image_size={image_size!r} is neither a number nor (height, width)")
+        raise UserError(f"image_size={image_size!r} is neither a number nor (height, width)")
     _check_whole(**{"image_size": size[0]})
     _check_whole(**{"image_size": size[1]})
     for side in size:
         if below := side % patch_size:
             fits = [n for n in (side - below, side - below + patch_size) if n]
-            raise ValueError(f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}")
+            raise UserError(f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}")
     return size[0], size[1]
 
 
@@ -537,5 +539,5 @@ def _check_blocks(tnt_blocks: Sequence[int] | None, depth: int) -> set[int]:
         return set(range(1, depth + 1))
     known = isinstance(tnt_blocks, Sequence) and not isinstance(tnt_blocks, str)
     if not known or any(not isinstance(n, int) or not 1 <= n <= depth for n in tnt_blocks) or len(set(tnt_blocks)) != len(tnt_blocks):
-        raise ValueError(f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all")
+        raise UserError(f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all")
     return set(tnt_blocks)

@@ -1,0 +1,65 @@
+"""From a resolved configuration, plain data, to the objects of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+import tnt_lightning.data
+from tnt_lightning.classifier import Classifier
+from tnt_lightning.data import ImageDataModule
+from tnt_lightning.errors import UserError
+from tnt_lightning.models import build_model
+
+Config = dict[str, Any]
+
+
+def build_data(config: Config) -> ImageDataModule:
+    arguments = dict(config["data"])
+    target = arguments.pop("_target_")
+    # By name from our own list: a config that came with somebody's run directory must not choose what code runs.
+    module, _, name = target.rpartition(".")
+    if module != "tnt_lightning.data" or name not in tnt_lightning.data.__all__:
+        known = ", ".join(f"tnt_lightning.data.{name}" for name in tnt_lightning.data.__all__)
+        raise UserError(f"data._target_={target!r} is not built from a config; known: {known}")
+    return getattr(tnt_lightning.data, name)(**arguments)
+
+
+def build_classifier(config: Config, backbone: nn.Module | None = None) -> Classifier:
+    recipe = config["recipe"]
+    return Classifier(
+        backbone or build_model(**config["model"]),
+        num_classes=config["data"]["num_classes"],
+        optimizer=config["optimizer"],
+        **{name: recipe[name] for name in ("warmup_epochs", "warmup_lr", "min_lr", "label_smoothing")},
+    )
+
+
+def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None) -> L.Trainer:
+    """The Trainer of `config`; with a run directory it logs and keeps checkpoints there."""
+    arguments = dict(config["trainer"])
+    if arguments["precision"] == "auto":
+        arguments["precision"] = _precision(arguments["accelerator"])
+    logger: CSVLogger | bool = False
+    if run is not None and config["logger"]["name"] == "csv":
+        logger = CSVLogger(run, name="", version="")
+    return L.Trainer(
+        **arguments,
+        logger=logger,
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        use_distributed_sampler=False,  # the data module splits images among ranks itself
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+
+
+def _precision(accelerator: str) -> str:
+    """bfloat16 on a GPU that has it, otherwise float16 with scaling; float32 elsewhere."""
+    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

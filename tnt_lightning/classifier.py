@@ -1,0 +1,116 @@
+"""The LightningModule: trains any backbone that maps images to logits. It sees no knob of any model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from tnt_lightning.errors import UserError
+
+
+class Classifier(L.LightningModule):
+    """Cross-entropy on hard or mixed labels; AdamW and the like with linear warm-up and cosine decay, by step (paper, Table 3).
+
+    optimizer: arguments of timm's create_optimizer_v2 (opt, lr, weight_decay, ...); no decay on biases, norms, class token, positions
+    warmup_epochs, warmup_lr: linear from warmup_lr to lr; min_lr: where the cosine ends
+    label_smoothing: of the training loss only
+
+    Logs train/loss and lr by step; val/ and test/ loss, top1 and top5 by epoch: percent, hard labels, exact on any number of devices.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        num_classes: int,
+        optimizer: Mapping[str, Any],
+        warmup_epochs: float = 5,
+        warmup_lr: float = 1e-6,
+        min_lr: float = 1e-5,
+        label_smoothing: float = 0.1,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.optimizer = dict(optimizer)
+        self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
+        self.label_smoothing = label_smoothing
+        self.figures = nn.ModuleDict({part: Figures(num_classes) for part in ("val", "test")})
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._count("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self._count("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        self.figures[part](self(images).float(), labels)
+
+    def _report(self, part: str) -> None:
+        # At the epoch's end on every rank, also on one whose share of the images was empty. Already summed over the ranks.
+        for name, value in self.figures[part].compute().items():
+            self.log(f"{part}/{name}", value, prog_bar=name == "top1", sync_dist=True)
+
+    def configure_optimizers(self):
+        total = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs or 0
+        if total < 1:
+            raise UserError(f"trainer.max_epochs={epochs} leaves no training step; set it to at least 1")
+        if self.warmup_epochs >= epochs:
+            raise UserError(f"recipe.warmup_epochs={self.warmup_epochs} is not shorter than trainer.max_epochs={epochs}; lower it")
+        # torch's fused step unscales gradients itself, which Lightning's clipping does not allow under float16 scaling.
+        scaled = self.trainer.precision == "16-mixed"
+        extra = {"fused": False} if scaled and "fused" in self.optimizer else {}
+        optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
+        warmup = round(total * self.warmup_epochs / epochs)
+        scheduler = CosineLRScheduler(
+            optimizer, t_initial=total - warmup, lr_min=self.min_lr, warmup_t=warmup, warmup_lr_init=self.warmup_lr,
+            warmup_prefix=True, t_in_epochs=False,
+        )  # fmt: skip
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(self.global_step)  # timm's schedules are told the step, torch's count it
+
+
+class Figures(nn.Module):
+    """Loss, top-1 and top-5 over an epoch. With fewer than five classes, top5 is of as many as there are."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.loss = MeanMetric()
+        hits = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+        self.hits = MetricCollection(hits, compute_groups=False)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> None:
+        self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.hits.update(logits, labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """loss, and top1 and top5 in percent, over all ranks; starts anew."""
+        figures = {"loss": self.loss.compute(), **{name: 100 * value for name, value in self.hits.compute().items()}}
+        self.loss.reset()
+        self.hits.reset()
+        return figures

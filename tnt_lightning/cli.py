@@ -1,0 +1,103 @@
+"""What every command shares: composition from conf/, and a user's mistake answered in one line with exit code 2.
+
+Anything else that goes wrong is a bug and keeps its traceback and exit code 1; HYDRA_FULL_ERROR=1 shows it for mistakes too.
+"""
+
+import difflib
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tnt_lightning import CONF
+from tnt_lightning.config import KNOBS, models_with
+from tnt_lightning.errors import UserError
+
+_OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
+
+
+def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """A command of the package: `task` gets the configuration that conf/ and the command line compose."""
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> Any:
+        try:
+            return task(config)
+        except UserError as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
+                logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, error)
+            raise
+
+    def main() -> None:
+        with_tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
+        if not with_tracebacks:  # makes Hydra raise its errors instead of printing them
+            os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            if with_tracebacks:
+                raise
+            fail(answer(error, [arg for arg in sys.argv[1:] if "=" in arg]))
+
+    return main
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def answer(error: Exception, overrides: list[str]) -> str:
+    """One line for a user's mistake: the key or file, the value, the cure."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if match := re.search(r"Could not override '([^']+)'\.", text):
+        return _unknown_key(match[1], overrides)
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*)", text, re.DOTALL):
+        group, name, options = match.groups()
+        return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
+    if match := re.search(r"Interpolation key '(?:grid\.)(\w+)' not found", text):
+        return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have it: {', '.join(models_with(match[1]))}"
+    if match := re.search(r"(?:Key '([^']+)' is not in struct|Could not append to config.*)", text):
+        return " ".join(text.split("\n")[:1])
+    return " ".join(text.split("\n")[0].split())
+
+
+def _unknown_key(key: str, overrides: list[str]) -> str:
+    given = next((arg for arg in overrides if arg.lstrip("+~").split("=")[0] == key), key)
+    if key in KNOBS:
+        model = next((arg.split("=")[1] for arg in overrides if arg.startswith("model=")), "of this run")
+        return f"{given}: model={model} has no such knob; models that have it: {', '.join(models_with(key))}"
+    near = difflib.get_close_matches(key, _known_keys([arg for arg in overrides if arg != given]), n=3, cutoff=0.6)
+    return f"{given}: no such key{'; did you mean ' + ' or '.join(near) + '?' if near else '; --cfg job shows them all'}"
+
+
+def _known_keys(overrides: list[str]) -> list[str]:
+    """Every dotted key of the configuration that the other overrides compose; none where they do not compose either."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            config = hydra.compose("config", [arg for arg in overrides if not arg.startswith("hydra.")])
+    except (HydraException, OmegaConfBaseException):
+        return []
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        if not OmegaConf.is_dict(node):
+            return []
+        keys = [(f"{prefix}{name}", name) for name in node]
+        return [full for full, _ in keys] + [deep for full, name in keys for deep in walk(node._get_node(name), f"{full}.")]
+
+    return walk(config, "")

@@ -1,0 +1,96 @@
+"""From a decoded image to what the model sees: per image on the CPU (uint8), then per batch on the device (float32).
+
+The steps are timm's and torchvision's own, in timm's order; a recipe chooses among them with plain data.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
+from timm.data.transforms_factory import transforms_imagenet_eval
+from torch import Tensor
+from torchvision import transforms
+
+Transform = Callable[[Image.Image], Tensor]
+
+
+def train_transform(
+    size: tuple[int, int],
+    *,
+    mean: Sequence[float] = (0.5, 0.5, 0.5),
+    interpolation: str = "bicubic",
+    crop_scale: Sequence[float] | None = None,
+    hflip: float = 0.0,
+    degrees: float = 0.0,
+    shift: float = 0.0,
+    zoom: float = 0.0,
+    rand_augment: str | None = None,
+    color_jitter: float = 0.0,
+) -> Transform:
+    """PIL image -> uint8 (C, height, width), at random.
+
+    crop_scale: share of the area that a random resized crop keeps (from, to); None resizes the whole image
+    hflip: probability of a flip; degrees, shift, zoom: a random affine map, by at most so many degrees, share of the side, scale
+    rand_augment: timm's policy string; color_jitter: strength, used where there is no rand_augment (as timm and DeiT do)
+    """
+    steps: list[Callable] = []
+    if crop_scale is not None:
+        steps.append(RandomResizedCropAndInterpolation(size, scale=tuple(crop_scale), interpolation=interpolation))
+    else:
+        steps.append(transforms.Resize(size, interpolation=str_to_interp_mode(interpolation)))
+    if hflip:
+        steps.append(transforms.RandomHorizontalFlip(hflip))
+    if degrees or shift or zoom:
+        bilinear = transforms.InterpolationMode.BILINEAR
+        steps.append(transforms.RandomAffine(degrees, translate=(shift, shift), scale=(1 - zoom, 1 + zoom), interpolation=bilinear))
+    if rand_augment:
+        grey = tuple(min(255, round(255 * x)) for x in mean)
+        hparams = dict(translate_const=int(min(size) * 0.45), img_mean=grey, interpolation=str_to_pil_interp(interpolation))
+        steps.append(_with_safe_posterize(rand_augment_transform(rand_augment, hparams)))
+    elif color_jitter:
+        steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+def eval_transform(size: tuple[int, int], *, crop_pct: float = 0.9, interpolation: str = "bicubic") -> Transform:
+    """PIL image -> uint8 (C, height, width): the middle crop_pct of the image."""
+    return transforms_imagenet_eval(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+
+
+def _with_safe_posterize(policy: RandAugment) -> RandAugment:
+    """timm's policies can ask to keep 0 bits: black up to Pillow 12, a ValueError since Pillow 13 that ends a training run."""
+
+    def safe_posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
+        return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+    for op in policy.ops:
+        if op.aug_fn is posterize:
+            op.aug_fn = safe_posterize
+    return policy
+
+
+class BatchTransform:
+    """On the device: uint8 images (B, C, H, W) and labels (B,) -> normalised float32 images and labels or soft targets.
+
+    In training also erases random rectangles and mixes the batch with itself; mixed targets are (B, num_classes).
+    """
+
+    def __init__(
+        self, *, num_classes: int, mean: Sequence[float], std: Sequence[float], erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0
+    ):
+        self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) * 255 for x in (mean, std))
+        self.erase = erase
+        # Labels are smoothed in the loss, mixed or not, in one place.
+        self.mix = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes) if mixup or cutmix else None
+
+    def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
+        images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
+        if training and self.erase:
+            images = RandomErasing(self.erase, mode="pixel", device=images.device)(images)
+        if training and self.mix is not None:
+            images, labels = self.mix(images, labels)
+        return images, labels

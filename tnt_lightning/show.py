@@ -1,0 +1,62 @@
+"""What a person reads in the terminal before and after a run."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from tnt_lightning.data import ImageDataModule
+
+
+def quiet() -> None:
+    """Keep what Lightning says of itself at start-up, and its advice that does not apply here, out of the way."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for advice in (".*does not have many workers.*", ".*_dataloader` has .* length.*", ".*Checkpoint directory .* exists and is not empty.*"):
+        warnings.filterwarnings("ignore", advice)
+
+
+def opening(config: dict[str, Any], trainer: L.Trainer, data: ImageDataModule, run: Path) -> None:
+    """Where the run lies, and how the global batch is shared out."""
+    assert data.parts is not None
+    sizes = ", ".join(f"{name} {len(part.labels):,}" for name, part in data.parts._asdict().items() if part is not None)
+    print(f"run    {run}")
+    print(f"images {sizes}")
+    print(
+        f"batch  {data.batch_size} = {data.device_batch} a device x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
+        f"accumulation step(s), {trainer.precision}, {trainer.max_epochs} epochs"
+    )
+
+
+def closing(result: dict[str, Any], run: Path) -> None:
+    """The figures of a finished run, and how to look at it."""
+    table = Table(show_header=False, title=f"{result['checkpoint']} checkpoint, averaged weights" if result.get("ema") else None)
+    for name, value in rows(result):
+        table.add_row(name, value)
+    table.add_row("run", str(run))
+    Console().print(table)
+    print(f"curves: {run / 'metrics.csv'}   again: python -m tnt_lightning.evaluate run={run}")
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
+    figures = [(f"{part} {name}", f"{result[f'{part}/{key}']:.2f} %") for part in ("test", "val", "best/val")
+               for key, name in (("top1", "top-1"), ("top5", "top-5")) if f"{part}/{key}" in result]  # fmt: skip
+    live, paper = result["parameters"], result["parameters_as_in_the_paper"]
+    also = f" ({paper / 1e6:.2f} M as the paper counts)" if paper != live else ""
+    speed = result["images_per_s"]
+    return [
+        *figures,
+        ("checkpoint", result["checkpoint"]),
+        ("parameters", f"{live / 1e6:.2f} M{also}"),
+        ("FLOPs", _flops(result["flops"])),
+        ("training speed", f"{speed:,.0f} images/s" if speed else "not measured"),
+        ("time", f"{result['wall_s']:.0f} s"),
+    ]
+
+
+def _flops(macs: int) -> str:
+    return f"{macs / 1e9:.2f} GMAC" if macs >= 1e8 else f"{macs / 1e6:.2f} MMAC"

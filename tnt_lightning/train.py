@@ -1,0 +1,108 @@
+"""`python -m tnt_lightning.train`: compose -> build -> fit -> test -> result.json."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tnt_lightning.cli import command
+from tnt_lightning.config import check, refuse_ablation_in_a_single_run
+from tnt_lightning.errors import UserError
+
+
+@command
+def main(config: DictConfig) -> float | None:
+    """Trains; gives the validation top-1 (percent), which Hydra's sweepers read."""
+    hydra = HydraConfig.get()
+    check(config, hydra.runtime.choices["model"])
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    plain.pop("grid", None)
+    if hydra.mode == RunMode.MULTIRUN:
+        # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
+        if plain["trainer"]["devices"] == "auto":
+            plain["trainer"]["devices"] = 1
+        if plain["trainer"]["devices"] != 1 or plain["trainer"]["num_nodes"] != 1:
+            raise UserError(f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto")
+    else:
+        refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
+    result = train(plain, Path(hydra.runtime.output_dir))
+    return result.get("val/top1")
+
+
+def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
+    """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
+    import lightning as L
+    import torch
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from tnt_lightning import runs, show
+    from tnt_lightning.build import build_classifier, build_data, build_trainer
+    from tnt_lightning.callbacks import EMA, Throughput
+    from tnt_lightning.evaluate import evaluate
+    from tnt_lightning.models import cost
+
+    began = time.perf_counter()
+    recipe = config["recipe"]
+    show.quiet()
+    if recipe["threads"]:
+        torch.set_num_threads(recipe["threads"])
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+
+    data = build_data(config)
+    classifier = build_classifier(config)
+    input_size = data.input_size
+    parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, input_size)
+    if config["weights"]:
+        runs.load_weights(classifier.backbone, runs.locate(config["weights"])[1])
+    resume = runs.locate(config["resume"], "last")[1] if config["resume"] else None
+
+    data.setup()
+    assert data.parts is not None
+    best_by = dict(monitor="val/top1", mode="max") if data.parts.val is not None else dict(save_top_k=0)
+    checkpoints = ModelCheckpoint(
+        run / "checkpoints", filename="best", **best_by, save_last=True, enable_version_counter=False, auto_insert_metric_name=False
+    )
+    throughput = Throughput()
+    callbacks = [checkpoints, throughput, *([EMA(decay=recipe["ema_decay"])] if recipe["ema_decay"] else [])]
+    trainer = build_trainer(config, run=run, callbacks=callbacks)
+    data.trainer = trainer
+    if trainer.is_global_zero:
+        runs.start(run, config)
+        show.opening(config, trainer, data, run)
+    trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
+
+    def figures(checkpoint: str) -> dict[str, float]:
+        runs.load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint))
+        return evaluate(trainer, classifier, data)
+
+    # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
+    choose = data.parts.val is not None and data.parts.test is not None
+    result = {"checkpoint": "best" if choose else "last"}
+    result |= figures(result["checkpoint"])
+    if data.parts.test is None and checkpoints.best_model_path:
+        result |= {f"best/{name}": value for name, value in figures("best").items()}
+    result |= {
+        "parameters": parameters.live,
+        "parameters_as_in_the_paper": parameters.paper,
+        "flops": flops,
+        "images_per_s": throughput.images_per_s,
+        "steps": trainer.global_step,
+        "epochs": trainer.current_epoch,
+        "devices": trainer.world_size,
+        "precision": trainer.precision,
+        "seed": config["seed"],
+        "wall_s": time.perf_counter() - began,
+        **runs.origin(),
+    }
+    if trainer.is_global_zero:
+        runs.finish(run, result)
+        show.closing(result, run)
+    return result
+
+
+if __name__ == "__main__":
+    main()
