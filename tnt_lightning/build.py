@@ -30,7 +30,11 @@ def build_data(config: Config) -> ImageDataModule:
 
 
 def build_classifier(config: Config, backbone: nn.Module | None = None) -> Classifier:
-    recipe = config["recipe"]
+    recipe, epochs = config["recipe"], config["trainer"]["max_epochs"]
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"trainer.max_epochs={epochs!r} is not a whole number of at least 1")
+    if recipe["warmup_epochs"] >= epochs:
+        raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
     return Classifier(
         backbone or build_model(**config["model"]),
         num_classes=config["data"]["num_classes"],

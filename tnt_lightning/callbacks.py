@@ -2,11 +2,12 @@
 
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -41,6 +42,19 @@ class EMA(WeightAveraging):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             super().on_validation_epoch_end(trainer, pl_module)
+
+
+class BestAndLast(ModelCheckpoint):
+    """checkpoints/last.ckpt, and best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained."""
+
+    def __init__(self, folder: Path, *, validates: bool):
+        best_by = dict(monitor="val/top1", mode="max", save_top_k=1) if validates else dict(save_top_k=0)
+        super().__init__(folder, filename="best", **best_by, save_last=True, enable_version_counter=False, auto_insert_metric_name=False)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        if current is not None and self.best_model_score is not None and current == self.best_model_score:
+            return True
+        return super().check_monitor_top_k(trainer, current)
 
 
 class Throughput(Callback):

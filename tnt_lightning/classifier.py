@@ -75,16 +75,13 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self):
         total = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs or 0
         if total < 1:
-            raise UserError(f"trainer.max_epochs={epochs} leaves no training step; set it to at least 1")
-        if self.warmup_epochs >= epochs:
-            raise UserError(f"recipe.warmup_epochs={self.warmup_epochs} is not shorter than trainer.max_epochs={epochs}; lower it")
+            raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_epochs")
         # torch's fused step unscales gradients itself, which Lightning's clipping does not allow under float16 scaling.
         scaled = self.trainer.precision == "16-mixed"
         extra = {"fused": False} if scaled and "fused" in self.optimizer else {}
         optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
-        warmup = round(total * self.warmup_epochs / epochs)
+        warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
         scheduler = CosineLRScheduler(
             optimizer, t_initial=total - warmup, lr_min=self.min_lr, warmup_t=warmup, warmup_lr_init=self.warmup_lr,
             warmup_prefix=True, t_in_epochs=False,

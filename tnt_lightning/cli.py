@@ -36,20 +36,26 @@ def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         except UserError as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
                 logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, error)
-            raise
+                raise
+            if _with_tracebacks():
+                raise
+            fail(str(error))
 
     def main() -> None:
-        with_tracebacks = os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
-        if not with_tracebacks:  # makes Hydra raise its errors instead of printing them
+        if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
             os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
         except (UserError, HydraException, OmegaConfBaseException) as error:
-            if with_tracebacks:
+            if _with_tracebacks():
                 raise
             fail(answer(error, [arg for arg in sys.argv[1:] if "=" in arg]))
 
     return main
+
+
+def _with_tracebacks() -> bool:
+    return os.environ.get("HYDRA_FULL_ERROR") == "1" and _OURS not in os.environ
 
 
 def fail(message: str) -> NoReturn:
@@ -64,13 +70,11 @@ def answer(error: Exception, overrides: list[str]) -> str:
         return text
     if match := re.search(r"Could not override '([^']+)'\.", text):
         return _unknown_key(match[1], overrides)
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\s+(.*)", text, re.DOTALL):
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\n((?:\t.*\n?)*)", text):
         group, name, options = match.groups()
         return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
-    if match := re.search(r"Interpolation key '(?:grid\.)(\w+)' not found", text):
-        return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have it: {', '.join(models_with(match[1]))}"
-    if match := re.search(r"(?:Key '([^']+)' is not in struct|Could not append to config.*)", text):
-        return " ".join(text.split("\n")[:1])
+    if match := re.search(r"Interpolation key 'grid\.(\w+)' not found", text):
+        return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have one: {', '.join(models_with(match[1]))}"
     return " ".join(text.split("\n")[0].split())
 
 

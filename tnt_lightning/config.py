@@ -39,7 +39,7 @@ def check(config: DictConfig, model: str) -> None:
 
 def refuse_ablation_in_a_single_run(ablation: str | None) -> None:
     if ablation is not None:
-        command = shlex.join(["python", "-m", "tnt_lightning.train", "-m", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "tnt_lightning.train", "-m", *(arg for arg in sys.argv[1:] if not arg.startswith("hydra."))])
         raise UserError(f"ablation={ablation} is a sweep of several runs; start it with -m: {command}")
 
 
@@ -47,9 +47,9 @@ def sweep_values(values: ListConfig) -> str:
     """[null, [1, 6]] -> "null,[1,6]": a grid as Hydra's sweeper reads it."""
 
     def text(value: Any) -> str:
-        if isinstance(value, (list, ListConfig)):
+        if isinstance(value, ListConfig):
             return f"[{','.join(map(text, value))}]"
-        return {None: "null", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
     return ",".join(map(text, values))
 

@@ -16,7 +16,11 @@ def quiet() -> None:
     """Keep what Lightning says of itself at start-up, and its advice that does not apply here, out of the way."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for advice in (".*does not have many workers.*", ".*_dataloader` has .* length.*", ".*Checkpoint directory .* exists and is not empty.*"):
+    for advice in (
+        ".*does not have many workers.*",
+        ".*Experiment logs directory .* exists and is not empty.*",  # the run directory, claimed a moment ago
+        ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 under a newer torch
+    ):
         warnings.filterwarnings("ignore", advice)
 
 
@@ -34,7 +38,7 @@ def opening(config: dict[str, Any], trainer: L.Trainer, data: ImageDataModule, r
 
 def closing(result: dict[str, Any], run: Path) -> None:
     """The figures of a finished run, and how to look at it."""
-    table = Table(show_header=False, title=f"{result['checkpoint']} checkpoint, averaged weights" if result.get("ema") else None)
+    table = Table(show_header=False)
     for name, value in rows(result):
         table.add_row(name, value)
     table.add_row("run", str(run))
@@ -46,12 +50,13 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
     figures = [(f"{part} {name}", f"{result[f'{part}/{key}']:.2f} %") for part in ("test", "val", "best/val")
                for key, name in (("top1", "top-1"), ("top5", "top-5")) if f"{part}/{key}" in result]  # fmt: skip
     live, paper = result["parameters"], result["parameters_as_in_the_paper"]
-    also = f" ({paper / 1e6:.2f} M as the paper counts)" if paper != live else ""
+    live_m, paper_m = f"{live / 1e6:.2f} M", f"{paper / 1e6:.2f} M"
+    also = f" ({paper_m} as the paper counts)" if paper_m != live_m else ""
     speed = result["images_per_s"]
     return [
         *figures,
         ("checkpoint", result["checkpoint"]),
-        ("parameters", f"{live / 1e6:.2f} M{also}"),
+        ("parameters", f"{live_m}{also}"),
         ("FLOPs", _flops(result["flops"])),
         ("training speed", f"{speed:,.0f} images/s" if speed else "not measured"),
         ("time", f"{result['wall_s']:.0f} s"),

@@ -37,11 +37,10 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
     import lightning as L
     import torch
-    from lightning.pytorch.callbacks import ModelCheckpoint
 
     from tnt_lightning import runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
-    from tnt_lightning.callbacks import EMA, Throughput
+    from tnt_lightning.callbacks import EMA, BestAndLast, Throughput
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
 
@@ -62,14 +61,11 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
     data.setup()
     assert data.parts is not None
-    best_by = dict(monitor="val/top1", mode="max") if data.parts.val is not None else dict(save_top_k=0)
-    checkpoints = ModelCheckpoint(
-        run / "checkpoints", filename="best", **best_by, save_last=True, enable_version_counter=False, auto_insert_metric_name=False
-    )
-    throughput = Throughput()
+    checkpoints, throughput = BestAndLast(run / "checkpoints", validates=data.parts.val is not None), Throughput()
     callbacks = [checkpoints, throughput, *([EMA(decay=recipe["ema_decay"])] if recipe["ema_decay"] else [])]
     trainer = build_trainer(config, run=run, callbacks=callbacks)
     data.trainer = trainer
+    data.train_dataloader()  # what does not fit is said here, before anything is written
     if trainer.is_global_zero:
         runs.start(run, config)
         show.opening(config, trainer, data, run)

@@ -133,7 +133,7 @@ class ImageDataModule(L.LightningDataModule):
         mean, std = (_per_channel(name, x, in_chans) for name, x in (("mean", mean), ("std", std)))
         per_image = dict(augmentation or {})
         self.repeats = per_image.pop("repeats", 1)
-        per_batch = {name: per_image.pop(name) for name in ("erase", "mixup", "cutmix") if name in per_image}
+        per_batch = {name: per_image.pop(name) for name in ("degrees", "shift", "zoom", "erase", "mixup", "cutmix") if name in per_image}
         self.mixes = bool(per_batch.get("mixup") or per_batch.get("cutmix"))
         self.train_transform = train_transform(size, mean=mean, interpolation=interpolation, **per_image)
         self.eval_transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)

@@ -3,9 +3,11 @@
 The steps are timm's and torchvision's own, in timm's order; a recipe chooses among them with plain data.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform
 from timm.data.mixup import Mixup
@@ -25,16 +27,13 @@ def train_transform(
     interpolation: str = "bicubic",
     crop_scale: Sequence[float] | None = None,
     hflip: float = 0.0,
-    degrees: float = 0.0,
-    shift: float = 0.0,
-    zoom: float = 0.0,
     rand_augment: str | None = None,
     color_jitter: float = 0.0,
 ) -> Transform:
     """PIL image -> uint8 (C, height, width), at random.
 
     crop_scale: share of the area that a random resized crop keeps (from, to); None resizes the whole image
-    hflip: probability of a flip; degrees, shift, zoom: a random affine map, by at most so many degrees, share of the side, scale
+    hflip: probability of a flip
     rand_augment: timm's policy string; color_jitter: strength, used where there is no rand_augment (as timm and DeiT do)
     """
     steps: list[Callable] = []
@@ -44,9 +43,6 @@ def train_transform(
         steps.append(transforms.Resize(size, interpolation=str_to_interp_mode(interpolation)))
     if hflip:
         steps.append(transforms.RandomHorizontalFlip(hflip))
-    if degrees or shift or zoom:
-        bilinear = transforms.InterpolationMode.BILINEAR
-        steps.append(transforms.RandomAffine(degrees, translate=(shift, shift), scale=(1 - zoom, 1 + zoom), interpolation=bilinear))
     if rand_augment:
         grey = tuple(min(255, round(255 * x)) for x in mean)
         hparams = dict(translate_const=int(min(size) * 0.45), img_mean=grey, interpolation=str_to_pil_interp(interpolation))
@@ -76,21 +72,55 @@ def _with_safe_posterize(policy: RandAugment) -> RandAugment:
 class BatchTransform:
     """On the device: uint8 images (B, C, H, W) and labels (B,) -> normalised float32 images and labels or soft targets.
 
-    In training also erases random rectangles and mixes the batch with itself; mixed targets are (B, num_classes).
+    In training also, in this order:
+    degrees, shift, zoom: a random affine map of each image, by at most so many degrees, share of the side, share of the scale
+    erase: probability that a random rectangle of an image becomes noise
+    mixup, cutmix: strength (alpha) of mixing the batch with itself; targets are then (B, num_classes)
     """
 
     def __init__(
-        self, *, num_classes: int, mean: Sequence[float], std: Sequence[float], erase: float = 0.0, mixup: float = 0.0, cutmix: float = 0.0
+        self,
+        *,
+        num_classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        degrees: float = 0.0,
+        shift: float = 0.0,
+        zoom: float = 0.0,
+        erase: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
     ):
         self.mean, self.std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) * 255 for x in (mean, std))
-        self.erase = erase
+        self.degrees, self.shift, self.zoom, self.erase = degrees, shift, zoom, erase
         # Labels are smoothed in the loss, mixed or not, in one place.
         self.mix = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes) if mixup or cutmix else None
 
     def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
         images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
-        if training and self.erase:
+        if not training:
+            return images, labels
+        if self.degrees or self.shift or self.zoom:
+            images = random_affine(images, degrees=self.degrees, shift=self.shift, zoom=self.zoom)
+        if self.erase:
             images = RandomErasing(self.erase, mode="pixel", device=images.device)(images)
-        if training and self.mix is not None:
+        if self.mix is not None:
             images, labels = self.mix(images, labels)
         return images, labels
+
+
+def random_affine(images: Tensor, *, degrees: float, shift: float, zoom: float) -> Tensor:
+    """Each of (B, C, H, W) turned, moved and scaled at random, bilinear, zeros around; square pixels are kept.
+
+    torchvision's RandomAffine moves by whole pixels, which for a digit of eight pixels is a lot or nothing.
+    """
+    b, _, height, width = images.shape
+    draw = torch.rand(4, b, device=images.device) * 2 - 1
+    angle, scale = draw[0] * math.radians(degrees), 1 + draw[1] * zoom
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    aspect = width / height
+    theta = torch.stack(  # from output to input places, both from -1 to 1 over the image
+        [torch.stack([cos, -sin / aspect, 2 * shift * draw[2]], -1), torch.stack([sin * aspect, cos, 2 * shift * draw[3]], -1)], 1
+    )
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
