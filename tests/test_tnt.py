@@ -1,12 +1,10 @@
 """The backbone: equal to timm's TNT, to the published sizes, and true to each of its knobs."""
 
 import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-import yaml
 from timm.models._features import FeatureGetterNet, FeatureInfo
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
@@ -15,7 +13,8 @@ from tnt_lightning import create_model
 from tnt_lightning.models import TNT
 from tnt_lightning.models.cost import flops, parameters
 
-PAPER = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "paper.yaml").read_text())
+from .conftest import PAPER
+
 SMALL = dict(image_size=16, patch_size=4, words_per_patch=4, outer_dim=24, inner_heads=2, outer_heads=3, depth=3, num_classes=5)
 
 
@@ -291,7 +290,9 @@ def test_forward_intermediates(contract, output_fmt):
     torch.testing.assert_close(final, checkpointed)
     early = contract.forward_intermediates(batch, indices=[0, 1], stop_early=True, intermediates_only=True, output_fmt=output_fmt)
     assert all(torch.equal(a, b) for a, b in zip(early, features, strict=False)) and len(early) == 2
-    last, prefix = contract.forward_intermediates(batch, indices=1, norm=True, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC")[0]
+    last, prefix = contract.forward_intermediates(
+        batch, indices=1, norm=True, return_prefix_tokens=True, intermediates_only=True, output_fmt="NLC"
+    )[0]
     assert torch.equal(torch.cat([prefix, last], 1), final)
 
 
@@ -359,7 +360,10 @@ def test_half_precision_keeps_every_tensor_in_its_type(contract):
         (dict(image_size=(3, 16)), r"image_size=\(3, 16\): 3 is not a multiple of patch_size=4; try 4"),
         (dict(image_size="big"), "image_size"),
         (dict(words_per_patch=9), r"words_per_patch=9 .* patch_size=4 .*\[1, 4, 16\]"),
-        (dict(words_per_patch=16), r"words_per_patch=16 does not divide outer_dim=24.* set inner_dim, or try words_per_patch from \[1, 4\]"),
+        (
+            dict(words_per_patch=16),
+            r"words_per_patch=16 does not divide outer_dim=24.* set inner_dim, or try words_per_patch from \[1, 4\]",
+        ),
         (dict(inner_heads=4), r"inner_heads=4 does not divide inner_dim=6; try one of \[1, 2, 3, 6\]"),
         (dict(outer_heads=5), r"outer_heads=5 does not divide outer_dim=24; try one of \[1, 2, 3, 4, 6, 8, 12, 24\]"),
         (dict(inner_heads=0), "inner_heads=0 is not a whole number of at least 1"),

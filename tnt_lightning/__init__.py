@@ -1,7 +1,7 @@
 """TNT, Transformer in Transformer: train, ablate, evaluate and use it.
 
-    >>> import tnt_lightning
-    >>> model = tnt_lightning.create_model("tnt_s", inner_heads=2)
+>>> import tnt_lightning
+>>> model = tnt_lightning.create_model("tnt_s", inner_heads=2)
 """
 
 from pathlib import Path
@@ -14,7 +14,9 @@ __all__ = ["CONF", "create_model"]
 __version__ = "0.1.0"
 
 # The Hydra configuration: inside the package when installed from a wheel, beside it in a checkout.
-CONF = next(folder for folder in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if (folder / "config.yaml").is_file())
+CONF = next(
+    folder for folder in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if (folder / "config.yaml").is_file()
+)
 
 
 def __getattr__(name: str) -> Any:

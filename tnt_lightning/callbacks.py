@@ -66,7 +66,9 @@ class Throughput(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start, self._images = _now(), 0
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: tuple[Tensor, Tensor], batch_idx: int
+    ) -> None:
         self._images += len(batch[0])
         if trainer.is_last_batch:  # validation comes before on_train_epoch_end
             self.epochs.append(self._images * trainer.world_size / (_now() - self._start))

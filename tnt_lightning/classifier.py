@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tnt_lightning.errors import UserError
@@ -40,7 +40,7 @@ class Classifier(L.LightningModule):
         self.optimizer = dict(optimizer)
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
         self.label_smoothing = label_smoothing
-        self.figures = nn.ModuleDict({part: Figures(num_classes) for part in ("val", "test")})
+        self.val, self.test = Figures(num_classes), Figures(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(images)
@@ -53,24 +53,24 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._count("val", batch)
+        self._count(self.val, batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._count("test", batch)
+        self._count(self.test, batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self._report("val", self.val)
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self._report("test", self.test)
 
-    def _count(self, part: str, batch: tuple[Tensor, Tensor]) -> None:
+    def _count(self, figures: "Figures", batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
-        self.figures[part](self(images).float(), labels)
+        figures.update(self(images).float(), labels)
 
-    def _report(self, part: str) -> None:
+    def _report(self, part: str, figures: "Figures") -> None:
         # At the epoch's end on every rank, also on one whose share of the images was empty. Already summed over the ranks.
-        for name, value in self.figures[part].compute().items():
+        for name, value in figures.compute().items():
             self.log(f"{part}/{name}", value, prog_bar=name == "top1", sync_dist=True)
 
     def configure_optimizers(self):
@@ -98,10 +98,12 @@ class Figures(nn.Module):
     def __init__(self, num_classes: int):
         super().__init__()
         self.loss = MeanMetric()
-        hits = {f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
+        hits: dict[str, Metric | MetricCollection] = {
+            f"top{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)
+        }
         self.hits = MetricCollection(hits, compute_groups=False)
 
-    def forward(self, logits: Tensor, labels: Tensor) -> None:
+    def update(self, logits: Tensor, labels: Tensor) -> None:
         self.loss.update(F.cross_entropy(logits, labels, reduction="none"))
         self.hits.update(logits, labels)
 

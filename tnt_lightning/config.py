@@ -25,7 +25,7 @@ def models_with(knob: str) -> list[str]:
 
 def check(config: DictConfig, model: str) -> None:
     """UserError for keys that nobody reads, and for knobs that do not reach the model. `model` is its name, for the message."""
-    for key in config:
+    for key in map(str, config):
         if key not in KEYS:
             raise UserError(f"{key}={config[key]}: no such key; the top-level keys are {', '.join(KEYS)}")
     for knob in KNOBS:

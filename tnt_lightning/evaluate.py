@@ -1,7 +1,7 @@
 """`python -m tnt_lightning.evaluate run=DIR`: the figures of a finished run, measured again.
 
-    run=DIR|FILE.ckpt     a run directory (the checkpoint that its result is of), or one of its checkpoints
-    KEY=VALUE ...         changes to the run's own configuration, such as data.root=... data.batch_size=... trainer.devices=1
+run=DIR|FILE.ckpt     a run directory (the checkpoint that its result is of), or one of its checkpoints
+KEY=VALUE ...         changes to the run's own configuration, such as data.root=... data.batch_size=... trainer.devices=1
 """
 
 import sys
@@ -29,6 +29,7 @@ def main() -> None:
 
 def evaluate_run(arguments: list[str]) -> dict[str, float]:
     """Measure the run that `run=...` among the arguments names; prints the figures beside the recorded ones and gives them."""
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from rich.console import Console
@@ -37,18 +38,19 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
     from tnt_lightning import runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
 
-    changes = OmegaConf.from_dotlist(arguments)
-    path = changes.pop("run", None)
-    if path is None:
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    path = given.pop("run", None)
+    if not path:
         raise UserError("run is not given; name a run directory: run=outputs/...")
     directory, file = runs.locate(path)
     config = OmegaConf.create(runs.config_of(directory))
     OmegaConf.set_struct(config, True)
-    try:
-        config.merge_with(changes)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{' '.join(arguments)}: {str(error).splitlines()[0]}") from None
-    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key, value in given.items():
+        try:
+            OmegaConf.update(config, key.lstrip("+"), yaml.safe_load(value), force_add=key.startswith("+"))
+        except (OmegaConfBaseException, yaml.YAMLError):
+            raise UserError(f"{key}={value}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+    plain: Any = OmegaConf.to_container(config)
 
     show.quiet()
     data, classifier = build_data(plain), build_classifier(plain)
@@ -58,10 +60,10 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
     data.setup()
     figures = evaluate(trainer, classifier, data)
     if trainer.is_global_zero:
-        recorded = runs.result_of(directory) if not changes else {}
+        recorded = runs.result_of(directory)
         table = Table("figure", "now", "recorded", title=str(file))
-        for name, value in figures.items():
-            table.add_row(name, f"{value:g}", f"{recorded[name]:g}" if name in recorded else "")
+        for name, figure in figures.items():
+            table.add_row(name, f"{figure:g}", f"{recorded[name]:g}" if name in recorded else "")
         Console().print(table)
     return figures
 
@@ -73,7 +75,8 @@ def evaluate(trainer: "L.Trainer", classifier: "Classifier", data: "ImageDataMod
     for part, measure in (("val", trainer.validate), ("test", trainer.test)):
         if getattr(data.parts, part) is not None:
             measure(classifier, datamodule=data, verbose=False)
-            figures |= {name: round(float(value), 6) for name, value in trainer.callback_metrics.items() if name.startswith(f"{part}/")}
+            measured = trainer.callback_metrics.items()
+            figures |= {name: round(float(value), 6) for name, value in measured if name.startswith(f"{part}/")}
     return figures
 
 

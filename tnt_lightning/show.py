@@ -14,7 +14,7 @@ from tnt_lightning.data import ImageDataModule
 
 def quiet() -> None:
     """Keep what Lightning says of itself at start-up, and its advice that does not apply here, out of the way."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.seed"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric.utilities.distributed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for advice in (
         ".*does not have many workers.*",

@@ -18,15 +18,16 @@ def main(config: DictConfig) -> float | None:
     """Trains; gives the validation top-1 (percent), which Hydra's sweepers read."""
     hydra = HydraConfig.get()
     check(config, hydra.runtime.choices["model"])
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(config, resolve=True)
     plain.pop("grid", None)
     if hydra.mode == RunMode.MULTIRUN:
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
             plain["trainer"]["devices"] = 1
         if plain["trainer"]["devices"] != 1 or plain["trainer"]["num_nodes"] != 1:
-            raise UserError(f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto")
+            raise UserError(
+                f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto"
+            )
     else:
         refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
     result = train(plain, Path(hydra.runtime.output_dir))
@@ -77,7 +78,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
     # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
     choose = data.parts.val is not None and data.parts.test is not None
-    result = {"checkpoint": "best" if choose else "last"}
+    result: dict[str, Any] = {"checkpoint": "best" if choose else "last"}
     result |= figures(result["checkpoint"])
     if data.parts.test is None and checkpoints.best_model_path:
         result |= {f"best/{name}": value for name, value in figures("best").items()}

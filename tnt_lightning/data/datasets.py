@@ -42,8 +42,8 @@ class ImageNet(ImageDataModule):
             odd = sorted(set(train.classes) ^ set(val.classes))
             where = "train" if odd[0] in train.classes else "val"
             raise UserError(f"{root}: class {odd[0]!r} is in {where}/ alone ({len(odd)} such); the two need the same class folders")
-        if len(train.classes) != self.num_classes:
-            raise UserError(f"{root}: {len(train.classes)} class folders, data.num_classes={self.num_classes}; set data.num_classes={len(train.classes)}")
+        if (found := len(train.classes)) != self.num_classes:
+            raise UserError(f"{root}: {found} class folders, data.num_classes={self.num_classes}; set data.num_classes={found}")
         return Splits(train, val, None)
 
 

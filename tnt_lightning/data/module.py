@@ -22,7 +22,8 @@ from tnt_lightning.errors import UserError
 class Labelled(Protocol):
     """A split as a data set gives it: item i is (PIL image, label); labels without opening an image."""
 
-    labels: Sequence[int]
+    @property
+    def labels(self) -> Sequence[int]: ...
 
     def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
 
@@ -56,9 +57,8 @@ class Transformed(Dataset):
         return len(self.split.labels)
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
-        index = key
-        if isinstance(key, tuple):
-            index, seed = key
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if seed is not None:
             _seed_all(seed)
         image, label = self.split[index]
         return self.transform(image.convert(self.mode)), label
@@ -149,7 +149,9 @@ class ImageDataModule(L.LightningDataModule):
         train, val, test = self.splits()
         if self.val_fraction:
             if val is not None and test is not None:
-                raise UserError(f"data.val_fraction={self.val_fraction}: the set has a validation part of its own; null keeps it, 0 trains on it")
+                raise UserError(
+                    f"data.val_fraction={self.val_fraction}: the set has a validation part of its own; null keeps it, 0 trains on it"
+                )
             train, carved = carve(train, self.val_fraction, self.seed)
             val, test = carved, test or val
         elif self.val_fraction == 0 and test is not None and val is not None:
@@ -177,7 +179,9 @@ class ImageDataModule(L.LightningDataModule):
             )
         share = self.batch_size // ways
         if self.mixes and share % 2:
-            raise UserError(f"data.batch_size={self.batch_size} leaves {share} images a device; mixup and cutmix pair them and need an even number")
+            raise UserError(
+                f"data.batch_size={self.batch_size} leaves {share} images a device; mixup and cutmix pair them and need an even number"
+            )
         return share
 
     def train_dataloader(self) -> DataLoader:
@@ -213,8 +217,9 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        training = bool(self.trainer and self.trainer.training)
-        if training:
+        training = False
+        if self.trainer and self.trainer.training:
+            training = True
             # What follows in this step (erasing, mixing, dropout) is drawn from here: the same after a restart, another on each rank.
             step = self.trainer.fit_loop.total_batch_idx + 1
             seed = int(np.random.SeedSequence((self.seed, step, self.rank)).generate_state(1)[0])
@@ -254,7 +259,9 @@ def carve(split: Labelled, fraction: float, seed: int) -> tuple[Part, Part]:
 def _per_channel(name: str, value: float | Sequence[float], in_chans: int) -> list[float]:
     values = [value] * in_chans if isinstance(value, (int, float)) else list(value)
     if len(values) != in_chans:
-        raise UserError(f"recipe.{name}={values} has {len(values)} values for data.in_chans={in_chans}; give one a channel, or a single number")
+        raise UserError(
+            f"recipe.{name}={values} has {len(values)} values for data.in_chans={in_chans}; give one a channel, or a single number"
+        )
     return [float(x) for x in values]
 
 

@@ -35,7 +35,7 @@ def flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
         if hasattr(module, "fused_attn"):  # timm's name, and ours
-            module.fused_attn = False
+            module.fused_attn = False  # type: ignore[assignment]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         shadow(torch.empty(1, *input_size, device="meta"))
     return counter.get_total_flops() // 2

@@ -9,7 +9,7 @@ The architecture is that of the official code, where it and the paper's text dif
 
 from collections.abc import Sequence
 from math import isqrt
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +264,7 @@ class TNT(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.patch_size = patch_size
-        self.global_pool = global_pool
+        self.global_pool: str = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = outer_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
@@ -285,7 +285,7 @@ class TNT(nn.Module):
         with_words = _check_blocks(tnt_blocks, depth)
         blocks: list[TNTBlock | PlainBlock] = []
         for number, drop_path in enumerate(calculate_drop_path_rates(drop_path_rate, depth), start=1):
-            shared = dict(
+            shared: dict[str, Any] = dict(
                 mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path
             )
             outer = TransformerBlock(outer_dim, num_heads=outer_heads, fused_attn=use_fused_attn(), se=se, **shared)
@@ -526,7 +526,9 @@ def _check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int,
     for side in size:
         if below := side % patch_size:
             fits = [n for n in (side - below, side - below + patch_size) if n]
-            raise UserError(f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}")
+            raise UserError(
+                f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}"
+            )
     return size[0], size[1]
 
 
@@ -539,5 +541,7 @@ def _check_blocks(tnt_blocks: Sequence[int] | None, depth: int) -> set[int]:
         return set(range(1, depth + 1))
     known = isinstance(tnt_blocks, Sequence) and not isinstance(tnt_blocks, str)
     if not known or any(not isinstance(n, int) or not 1 <= n <= depth for n in tnt_blocks) or len(set(tnt_blocks)) != len(tnt_blocks):
-        raise UserError(f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all")
+        raise UserError(
+            f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all"
+        )
     return set(tnt_blocks)

@@ -1,0 +1,52 @@
+"""Ways through the public door: a configuration as the command line composes it, and the commands themselves."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import tnt_lightning.config  # noqa: F401  (the resolver that conf/ablation needs)
+from tnt_lightning import CONF
+
+PAPER = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "paper.yaml").read_text())
+QUICK = ("recipe.epochs=2", "recipe.warmup_epochs=1", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1")
+
+
+def compose(*overrides: str, with_hydra: bool = False):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return hydra.compose("config", list(overrides), return_hydra_config=with_hydra)
+
+
+def resolved(*overrides: str) -> dict:
+    config = compose(*overrides)
+    return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "grid"}
+
+
+def train(run: Path, *overrides: str) -> dict:
+    """What `python -m tnt_lightning.train OVERRIDES hydra.run.dir=RUN` does, in this process."""
+    from tnt_lightning.train import train
+
+    return train(resolved(*QUICK, *overrides), run)
+
+
+def command(name: str, *arguments: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
+    line = [sys.executable, "-m", f"tnt_lightning.{name}", *arguments]
+    return subprocess.run(line, cwd=cwd, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """The directory of a short default run, made by the command."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    done = command("train", *QUICK, f"hydra.run.dir={run}", cwd=run.parent)
+    assert done.returncode == 0, done.stderr
+    (run.parent / "stdout.txt").write_text(done.stdout)
+    return run

@@ -1,0 +1,218 @@
+"""Training itself: the schedule, the averages, the figures, and that runs repeat."""
+
+import csv
+import itertools
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from tnt_lightning import runs
+from tnt_lightning.callbacks import EMA
+from tnt_lightning.classifier import Classifier
+from tnt_lightning.data import Digits
+from tnt_lightning.models import create_model
+
+from .conftest import train
+
+PLAIN = ("recipe.augmentation.degrees=0", "recipe.augmentation.shift=0", "recipe.augmentation.zoom=0")
+
+
+def weights(run, name="last", key="state_dict"):
+    return torch.load(runs.checkpoint_path(run, name), weights_only=True)[key]
+
+
+def metrics(run, column):
+    return [float(row[column]) for row in csv.DictReader((run / "metrics.csv").open()) if row.get(column)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def any_backbone():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+
+
+def fit(classifier, *callbacks, epochs=2, **data):
+    module = Digits(num_classes=10, in_chans=1, image_size=8, mean=0.0, std=1.0, crop_pct=1.0, num_workers=0, **{"batch_size": 64, **data})
+    trainer = L.Trainer(
+        max_epochs=epochs, accelerator="cpu", use_distributed_sampler=False, num_sanity_val_steps=0, callbacks=list(callbacks),
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(classifier, datamodule=module)
+    return trainer, module
+
+
+ADAMW = dict(opt="adamw", lr=1e-3, weight_decay=0.05)
+
+
+def test_schedule_is_linear_warm_up_then_cosine_by_step():
+    rates = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append(trainer.optimizers[0].param_groups[1]["lr"])
+
+    fit(Classifier(any_backbone(), num_classes=10, optimizer=ADAMW, warmup_epochs=1), Watch(), epochs=4)
+    reference = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        reference,
+        [
+            torch.optim.lr_scheduler.LinearLR(reference, start_factor=1e-3, total_iters=19),
+            torch.optim.lr_scheduler.CosineAnnealingLR(reference, T_max=3 * 19, eta_min=1e-5),
+        ],
+        milestones=[19],
+    )
+    want = []
+    for _ in range(4 * 19):
+        want.append(reference.param_groups[0]["lr"])
+        reference.step()
+        schedule.step()
+    assert rates == pytest.approx(want, rel=1e-6)
+    assert rates[0] == pytest.approx(1e-6) and rates[19] == pytest.approx(1e-3)
+
+
+def test_the_average_is_that_of_the_raw_weights_with_a_warm_up():
+    raw = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            raw.append(module.backbone[1].weight.detach().double().clone())
+
+    classifier = Classifier(any_backbone(), num_classes=10, optimizer=ADAMW, warmup_epochs=0)
+    ema = EMA(decay=0.9)
+    fit(classifier, Watch(), ema, epochs=5)
+    average = raw[0]
+    for step, current in enumerate(raw[1:], start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * current
+    assert len(raw) == 5 * 19
+    got = classifier.backbone[1].weight  # training ends on the average
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), average, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(got.double(), raw[-1], atol=1e-4)
+
+
+def test_validation_in_training_is_of_the_average_and_gives_the_raw_weights_back():
+    seen = []
+
+    class Watch(Callback):
+        def on_validation_epoch_start(self, trainer, module):
+            seen.append(module.backbone[1].weight.detach().clone())
+
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(module.backbone[1].weight.detach().clone())
+
+    fit(Classifier(any_backbone(), num_classes=10, optimizer=ADAMW, warmup_epochs=0), EMA(decay=0.9), Watch(), epochs=1)
+    last_raw, validated = seen[-2], seen[-1]
+    assert not torch.equal(last_raw, validated)
+
+
+def test_figures_are_those_of_the_whole_set():
+    classifier = Classifier(any_backbone(), num_classes=10, optimizer=ADAMW, warmup_epochs=0)
+    trainer, data = fit(classifier, epochs=1, batch_size=50)
+    trainer.validate(classifier, datamodule=data, verbose=False)
+    batches = [data.batch_transform(*batch, training=False) for batch in data.val_dataloader()]
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with torch.no_grad():
+        logits = classifier(images)
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)  # classes before the right one
+    got = trainer.callback_metrics
+    assert got["val/top1"].item() == pytest.approx(100 * (ranks < 1).double().mean().item(), abs=1e-4)
+    assert got["val/top5"].item() == pytest.approx(100 * (ranks < 5).double().mean().item(), abs=1e-4)
+    assert got["val/loss"].item() == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+
+
+def test_three_classes_have_a_top5_of_all():
+    classifier = Classifier(nn.Identity(), num_classes=3, optimizer=ADAMW)
+    classifier.val.update(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    assert classifier.val.compute()["top5"] == 100
+
+
+def test_weight_decay_spares_biases_norms_class_token_and_positions():
+    backbone = create_model("tnt_digits", in_chans=1, num_classes=10)
+    trainer, _ = fit(Classifier(backbone, num_classes=10, optimizer=ADAMW, warmup_epochs=0), epochs=1)
+    names = {id(p): n for n, p in backbone.named_parameters()}
+    groups = {group["weight_decay"]: {names[id(p)] for p in group["params"]} for group in trainer.optimizers[0].param_groups}
+    assert groups[0] == {
+        n for n in names.values() if n in ("cls_token", "sentence_position", "word_position") or "norm" in n or n.endswith("bias")
+    }
+    assert groups[0] | groups[0.05] == set(names.values())
+
+
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_workers(tmp_path):
+    mix = ("+recipe.augmentation.mixup=0.8", "recipe.drop_path_rate=0.1", "+trainer.limit_train_batches=5")
+    for name, more in dict(a=(), b=(), workers=("data.num_workers=2",), other=("seed=1",)).items():
+        train(tmp_path / name, *mix, *more)
+    for key in ("state_dict", "current_model_state"):
+        a, b, workers, other = (weights(tmp_path / name, key=key) for name in ("a", "b", "workers", "other"))
+        assert same(a, b) and same(a, workers) and not same(a, other)
+    assert metrics(tmp_path / "a", "train/loss") == metrics(tmp_path / "b", "train/loss")
+    assert metrics(tmp_path / "a", "val/loss") == metrics(tmp_path / "b", "val/loss")
+
+
+def test_accumulation_takes_the_same_steps(tmp_path):
+    short = (*PLAIN, "recipe.ema_decay=null")
+    train(tmp_path / "whole", *short, "+trainer.limit_train_batches=3")
+    train(tmp_path / "halves", *short, "+trainer.limit_train_batches=6", "trainer.accumulate_grad_batches=2")
+    whole, halves = (weights(tmp_path / name) for name in ("whole", "halves"))
+    assert max((whole[n] - halves[n]).abs().max() for n in whole) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
+def test_optimizers_lower_the_loss(tmp_path, optimizer):
+    train(tmp_path / "run", f"optimizer={optimizer}", "recipe.label_smoothing=0")
+    losses = metrics(tmp_path / "run", "train/loss")
+    assert len(losses) == 38 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_without_a_validation_part_the_last_average_is_the_result(tmp_path):
+    result = train(tmp_path / "run", "data.val_fraction=0")
+    assert result["checkpoint"] == "last" and "test/top1" in result and "val/top1" not in result
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+def test_of_equal_validation_figures_the_later_checkpoint_is_best(tmp_path):
+    """With a learning rate of nothing every epoch is as good as the first."""
+    train(tmp_path / "run", "optimizer.lr=1e-12", "recipe.min_lr=0", "recipe.warmup_lr=0", "recipe.epochs=3")
+    assert torch.load(runs.checkpoint_path(tmp_path / "run", "best"), weights_only=True)["epoch"] == 2
+
+
+def test_weights_start_another_run(tmp_path, finished):
+    train(tmp_path / "run", f"weights={finished}", "optimizer.lr=1e-12", "recipe.min_lr=0", "recipe.warmup_lr=0", "recipe.ema_decay=null")
+    best = weights(finished, "best")
+    assert all(torch.allclose(tensor, best[name], atol=1e-6) for name, tensor in weights(tmp_path / "run").items())
+
+
+def test_resume_goes_on_where_the_run_stopped(tmp_path, finished):
+    result = train(tmp_path / "run", f"resume={finished}", "recipe.epochs=3")
+    assert result["epochs"] == 3 and result["steps"] == 57
+    assert len(metrics(tmp_path / "run", "train/loss")) == 19
+
+
+def test_sizes_are_those_of_the_data_not_of_the_model(tmp_path):
+    """Any backbone: DeiT knows no knob of TNT."""
+    result = train(
+        tmp_path / "run",
+        "model=deit_s",
+        "image_size=32",
+        "+model.patch_size=8",
+        "+model.embed_dim=24",
+        "+model.depth=1",
+        "+trainer.limit_train_batches=2",
+    )
+    assert 0 <= result["test/top1"] <= 100
+
+
+def test_batches_run_whole(tmp_path):
+    assert train(tmp_path / "run", "data.batch_size=100")["steps"] == 2 * (1222 // 100)
+
+
+def test_every_metric_of_a_run_is_finite(finished):
+    for column in ("train/loss", "val/loss", "val/top1", "val/top5", "lr"):
+        values = metrics(finished, column)
+        assert values and all(itertools.starmap(lambda v: v == v and abs(v) < 1e6, [(v,) for v in values]))
