@@ -216,3 +216,17 @@ def test_every_metric_of_a_run_is_finite(finished):
     for column in ("train/loss", "val/loss", "val/top1", "val/top5", "lr"):
         values = metrics(finished, column)
         assert values and all(itertools.starmap(lambda v: v == v and abs(v) < 1e6, [(v,) for v in values]))
+
+
+def test_the_training_loss_is_smoothed():
+    losses = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, *_):
+            losses.append((outputs["loss"].item(), F.cross_entropy(module(batch[0]), batch[1], label_smoothing=0.3).item()))
+
+    still = dict(opt="sgd", lr=1e-12)
+    classifier = Classifier(any_backbone(), num_classes=10, optimizer=still, warmup_epochs=0, min_lr=0, label_smoothing=0.3)
+    torch.nn.init.normal_(classifier.backbone[3].weight, std=3)
+    fit(classifier, Watch(), epochs=1)
+    assert all(logged == pytest.approx(want, rel=1e-4) for logged, want in losses)

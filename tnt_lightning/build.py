@@ -48,9 +48,10 @@ def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Ca
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
         arguments["precision"] = _precision(arguments["accelerator"])
-    logger: CSVLogger | bool = False
-    if run is not None and config["logger"]["name"] == "csv":
-        logger = CSVLogger(run, name="", version="")
+    name = config["logger"]["name"]
+    if name not in ("csv", "none"):
+        raise UserError(f"logger.name={name!r} is not known; available: csv, none")
+    logger = CSVLogger(run, name="", version="") if run is not None and name == "csv" else False
     return L.Trainer(
         **arguments,
         logger=logger,
