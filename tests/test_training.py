@@ -170,6 +170,15 @@ def test_optimizers_lower_the_loss(tmp_path, optimizer):
     assert len(losses) == 38 and sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lamb"])
+def test_mixed_precision_clips_and_keeps_weights_and_average_in_float32(tmp_path, optimizer):
+    """What a GPU takes by default, here on the CPU: bfloat16 with the digits' clipping and torch's fused optimizers."""
+    result = train(tmp_path / "run", f"optimizer={optimizer}", "trainer.precision=bf16-mixed", "+trainer.limit_train_batches=3")
+    assert result["precision"] == "bf16-mixed"
+    for key in ("state_dict", "current_model_state"):
+        assert {tensor.dtype for tensor in weights(tmp_path / "run", key=key).values()} == {torch.float32}
+
+
 def test_without_a_validation_part_the_last_average_is_the_result(tmp_path):
     result = train(tmp_path / "run", "data.val_fraction=0")
     assert result["checkpoint"] == "last" and "test/top1" in result and "val/top1" not in result

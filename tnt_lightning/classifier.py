@@ -77,9 +77,9 @@ class Classifier(L.LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         if total < 1:
             raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_epochs")
-        # torch's fused step unscales gradients itself, which Lightning's clipping does not allow under float16 scaling.
-        scaled = self.trainer.precision == "16-mixed"
-        extra = {"fused": False} if scaled and "fused" in self.optimizer else {}
+        # torch's fused step may unscale gradients itself, so Lightning does not clip before it under mixed precision.
+        clips_mixed = self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("-mixed")
+        extra = {"fused": False} if clips_mixed and "fused" in self.optimizer else {}
         optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
         warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
         scheduler = CosineLRScheduler(
