@@ -1,5 +1,6 @@
 """The commands as people type them, each in a process of its own."""
 
+import csv
 import json
 import os
 import re
@@ -110,23 +111,26 @@ def test_weights_of_another_network_are_listed(tmp_path, finished):
 
 
 def test_a_directory_with_a_run_is_not_written_over(finished):
-    before = (finished / "result.json").read_bytes()
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
     done = command("train", *QUICK, f"hydra.run.dir={finished}", cwd=finished.parent)
     assert done.returncode == 2 and "already holds a run" in done.stderr
-    assert (finished / "result.json").read_bytes() == before
+    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
+    with pytest.raises(UserError, match="already holds a run"):
+        train(finished)
 
 
 # ---- several devices
 
 
 def test_two_processes_take_the_steps_of_one_and_count_every_image(tmp_path):
-    short = (*PLAIN, *QUICK, "recipe.ema_decay=null", "+trainer.limit_train_batches=4", "trainer.accelerator=cpu")
+    short = (*PLAIN, *QUICK, "+trainer.limit_train_batches=4", "trainer.accelerator=cpu")
     done = command("train", *short, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "64 = 32 a device x 2 device(s) x 1 accumulation" in done.stdout
     train(tmp_path / "one", *short)
-    one, two = (torch.load(runs.checkpoint_path(tmp_path / run, "last"), weights_only=True)["state_dict"] for run in ("one", "two"))
-    assert max((one[n] - two[n]).abs().max() for n in one) < 1e-4
+    one, two = (torch.load(runs.checkpoint_path(tmp_path / run, "last"), weights_only=True) for run in ("one", "two"))
+    for key in ("state_dict", "current_model_state"):  # the average, and the raw weights
+        assert max((one[key][n] - two[key][n]).abs().max() for n in one[key]) < 1e-4
     result = json.loads((tmp_path / "two" / "result.json").read_text())
     assert result["devices"] == 2
     for part, size in (("val", 216), ("test", 359)):  # an odd number of images on two ranks
@@ -149,6 +153,7 @@ def test_a_sweep_of_inner_heads(tmp_path):
     done = command("train", "-m", "inner_heads=1,2,4,6", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for job, heads in enumerate((1, 2, 4, 6)):
+        assert (tmp_path / "sweep" / str(job) / ".hydra" / "config.yaml").exists()
         _, seen = runs.load(tmp_path / "sweep" / str(job)).explain(torch.zeros(1, 1, 8, 8))
         assert seen.inner[1].shape == (4, heads, 4, 4)
 
@@ -163,6 +168,25 @@ def test_an_ablation_sweeps_its_grid(tmp_path):
     done = command("train", "-m", "ablation=tnt_blocks", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [runs.config_of(tmp_path / "sweep" / str(job))["tnt_blocks"] for job in range(3)] == [None, [1, 3], [1]]
+
+
+def test_an_ablation_of_several_models_at_once_is_refused(tmp_path):
+    done = command("train", "-m", "ablation=se", "model=tnt_s,tnt_ti", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+    assert done.returncode == 2 and "each model has a grid of its own" in done.stderr
+    done = command("train", "-m", "ablation=se", "model=deit_s", cwd=tmp_path)
+    assert done.returncode == 2 and "ablation=se: this model has no grid for se; models that have one: tnt_b" in done.stderr
+
+
+def test_evaluate_changes_what_does_not_change_the_model(finished, capsys):
+    from tnt_lightning.evaluate import evaluate_run
+
+    few = evaluate_run([f"run={finished}", "data.batch_size=50", "+trainer.limit_test_batches=1"])
+    assert few["val/top1"] == runs.result_of(finished)["val/top1"] and few["test/top1"] * 50 / 100 == pytest.approx(
+        round(few["test/top1"] / 2)
+    )
+    for argument in ("inner_heads=4", "model.depth=2", "data.batchsize=3"):
+        with pytest.raises(UserError, match=argument):
+            evaluate_run([f"run={finished}", argument])
 
 
 def test_an_ablation_without_m_says_the_command(tmp_path):
@@ -193,7 +217,8 @@ def test_imagenet_trains_from_folders_by_the_recipe(tmp_path):
         "model=tnt_ti", "image_size=32", "model.depth=2",
     )  # fmt: skip
     assert result["steps"] == 2 * 6 and result["checkpoint"] == "last" and "test/top1" not in result
-    assert result["val/top1"] <= 100 and result["best/val/top1"] >= result["val/top1"]
+    curve = [float(row["val/top1"]) for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open()) if row["val/top1"]]
+    assert result["val/top1"] == pytest.approx(curve[-1], abs=1e-4) and result["best/val/top1"] == pytest.approx(max(curve), abs=1e-4)
 
 
 # ---- help, and answers
@@ -220,6 +245,10 @@ def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
     [
         (["inner_heads=5"], "error: inner_heads=5 does not divide inner_dim=24; try one of [1, 2, 3, 4, 6, 8, 12, 24]"),
         (["model=deit_s", "inner_heads=2"], "error: inner_heads=2: model=deit_s has no such knob"),
+        (["trainer.precision=99"], "error: trainer: "),
+        (["+recipe.foo=1"], "error: recipe.foo=1: no such key; a recipe has"),
+        (["+data.foo=1"], "error: data: "),
+        (["seed=-1"], "error: seed=-1 is not a whole number"),
         (["data=imagenet", "data.root=/nowhere"], "error: /nowhere/train: no such folder"),
     ],
 )

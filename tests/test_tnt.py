@@ -112,11 +112,11 @@ def test_inner_dim_follows_the_published_rule():
 # ---- each knob bites
 
 
-@pytest.mark.parametrize("heads", [1, 2, 3, 6])
-def test_heads_reach_the_attention_maps(heads):  # no parameter count shows this knob
-    _, seen = TNT(**{**SMALL, "inner_heads": heads, "outer_heads": heads}).explain(images())
-    assert seen.inner[1].shape == (2 * 16, heads, 4, 4)
-    assert seen.outer[1].shape == (2, heads, 17, 17)
+@pytest.mark.parametrize("inner_heads, outer_heads", [(1, 2), (2, 1), (3, 8), (6, 4)])
+def test_heads_reach_the_attention_maps(inner_heads, outer_heads):  # no parameter count shows this knob
+    _, seen = TNT(**{**SMALL, "inner_heads": inner_heads, "outer_heads": outer_heads}).explain(images())
+    assert seen.inner[1].shape == (2 * 16, inner_heads, 4, 4)
+    assert seen.outer[1].shape == (2, outer_heads, 17, 17)
 
 
 @pytest.mark.parametrize("words", [1, 4, 16])
@@ -339,6 +339,14 @@ def test_torch_compile_has_no_graph_break(contract):
     torch.testing.assert_close(compiled(batch), contract(batch))
 
 
+def test_fx_traces_forward_and_backward(contract):
+    traced = torch.fx.symbolic_trace(contract)
+    batch = images()
+    torch.testing.assert_close(traced.eval()(batch), contract.eval()(batch))
+    traced.train()(batch).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_torchscript(contract):
     contract.eval()
@@ -358,7 +366,8 @@ def test_half_precision_keeps_every_tensor_in_its_type(contract):
     [
         (dict(image_size=18), "image_size=18: 18 is not a multiple of patch_size=4; try 16 or 20"),
         (dict(image_size=(3, 16)), r"image_size=\(3, 16\): 3 is not a multiple of patch_size=4; try 4"),
-        (dict(image_size="big"), "image_size"),
+        (dict(image_size="big"), "image_size='big' is neither"),
+        (dict(image_size=16.0), "image_size=16.0 is neither"),
         (dict(words_per_patch=9), r"words_per_patch=9 .* patch_size=4 .*\[1, 4, 16\]"),
         (
             dict(words_per_patch=16),

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from torch import nn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import tnt_lightning.data
 from tnt_lightning.classifier import Classifier
@@ -23,20 +23,23 @@ def build_data(config: Config) -> ImageDataModule:
     target = arguments.pop("_target_")
     # By name from our own list: a config that came with somebody's run directory must not choose what code runs.
     module, _, name = target.rpartition(".")
-    if module != "tnt_lightning.data" or name not in tnt_lightning.data.__all__:
-        known = ", ".join(f"tnt_lightning.data.{name}" for name in tnt_lightning.data.__all__)
-        raise UserError(f"data._target_={target!r} is not built from a config; known: {known}")
-    return getattr(tnt_lightning.data, name)(**arguments)
+    known = [name for name in tnt_lightning.data.__all__ if name != "ImageDataModule"]
+    if module != "tnt_lightning.data" or name not in known:
+        raise UserError(f"data._target_={target!r} is not built from a config; known: tnt_lightning.data.{{{', '.join(known)}}}")
+    try:
+        return getattr(tnt_lightning.data, name)(**arguments)
+    except TypeError as error:
+        raise UserError(f"data: {error}") from None
 
 
-def build_classifier(config: Config, backbone: nn.Module | None = None) -> Classifier:
+def build_classifier(config: Config) -> Classifier:
     recipe, epochs = config["recipe"], config["trainer"]["max_epochs"]
     if not isinstance(epochs, int) or epochs < 1:
         raise UserError(f"trainer.max_epochs={epochs!r} is not a whole number of at least 1")
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
     return Classifier(
-        backbone or build_model(**config["model"]),
+        build_model(**config["model"]),
         num_classes=config["data"]["num_classes"],
         optimizer=config["optimizer"],
         **{name: recipe[name] for name in ("warmup_epochs", "warmup_lr", "min_lr", "label_smoothing")},
@@ -44,23 +47,33 @@ def build_classifier(config: Config, backbone: nn.Module | None = None) -> Class
 
 
 def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None) -> L.Trainer:
-    """The Trainer of `config`; with a run directory it logs and keeps checkpoints there."""
+    """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs there."""
+    if config["recipe"]["threads"]:
+        torch.set_num_threads(config["recipe"]["threads"])
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
         arguments["precision"] = _precision(arguments["accelerator"])
+    if arguments["precision"] in ("bf16-true", "16-true") and config["recipe"]["ema_decay"]:
+        raise UserError(
+            f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
+            "try bf16-mixed, or recipe.ema_decay=null"
+        )
     name = config["logger"]["name"]
     if name not in ("csv", "none"):
         raise UserError(f"logger.name={name!r} is not known; available: csv, none")
     logger = CSVLogger(run, name="", version="") if run is not None and name == "csv" else False
-    return L.Trainer(
-        **arguments,
-        logger=logger,
-        callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
-        use_distributed_sampler=False,  # the data module splits images among ranks itself
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-    )
+    try:
+        return L.Trainer(
+            **arguments,
+            logger=logger,
+            callbacks=callbacks,
+            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+            use_distributed_sampler=False,  # the data module splits images among ranks itself
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 
 def _precision(accelerator: str) -> str:

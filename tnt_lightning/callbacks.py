@@ -1,5 +1,6 @@
 """What runs beside training: the averaged weights, and the count of images a second."""
 
+import shutil
 import statistics
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -44,17 +46,41 @@ class EMA(WeightAveraging):
             super().on_validation_epoch_end(trainer, pl_module)
 
 
-class BestAndLast(ModelCheckpoint):
-    """checkpoints/last.ckpt, and best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained."""
+class Best(ModelCheckpoint):
+    """best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained."""
 
-    def __init__(self, folder: Path, *, validates: bool):
-        best_by = dict(monitor="val/top1", mode="max", save_top_k=1) if validates else dict(save_top_k=0)
-        super().__init__(folder, filename="best", **best_by, save_last=True, enable_version_counter=False, auto_insert_metric_name=False)
+    def __init__(self, folder: Path):
+        super().__init__(folder, filename="best", monitor="val/top1", mode="max", enable_version_counter=False)
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         if current is not None and self.best_model_score is not None and current == self.best_model_score:
             return True
         return super().check_monitor_top_k(trainer, current)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the run that is continued, whose best checkpoint comes along: this run has a directory of its own."""
+        theirs, ours = Path(state_dict["best_model_path"]), Path(self.dirpath or "", "best.ckpt")
+        if theirs.is_file():
+            _copy(theirs, ours)
+            score = state_dict["best_model_score"]
+            places = dict(best_model_path=str(ours), kth_best_model_path=str(ours), best_k_models={str(ours): score})
+            super().load_state_dict({**state_dict, **places, "dirpath": self.dirpath})
+
+
+@rank_zero_only
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+class Last(ModelCheckpoint):
+    """last.ckpt, after every epoch. (Lightning's save_last writes it only where a best one was written too.)"""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing of the run that is continued: its file stays where it is."""
 
 
 class Throughput(Callback):

@@ -21,7 +21,8 @@ class Classifier(L.LightningModule):
     warmup_epochs, warmup_lr: linear from warmup_lr to lr; min_lr: where the cosine ends
     label_smoothing: of the training loss only
 
-    Logs train/loss and lr by step; val/ and test/ loss, top1 and top5 by epoch: percent, hard labels, exact on any number of devices.
+    Logs train/loss (of the first rank's share) and lr by step; val/ and test/ loss, top1 and top5 by epoch: in percent, on hard
+    labels, exact on any number of devices.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Classifier(L.LightningModule):
         figures.update(self(images).float(), labels)
 
     def _report(self, part: str, figures: "Figures") -> None:
-        # At the epoch's end on every rank, also on one whose share of the images was empty. Already summed over the ranks.
+        # Already summed over the ranks.
         for name, value in figures.compute().items():
             self.log(f"{part}/{name}", value, prog_bar=name == "top1", sync_dist=True)
 
@@ -80,13 +81,23 @@ class Classifier(L.LightningModule):
         # torch's fused step may unscale gradients itself, so Lightning does not clip before it under mixed precision.
         clips_mixed = self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("-mixed")
         extra = {"fused": False} if clips_mixed and "fused" in self.optimizer else {}
-        optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
+        try:
+            optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer={self.optimizer}: {error}") from None
         warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
         scheduler = CosineLRScheduler(
             optimizer, t_initial=total - warmup, lr_min=self.min_lr, warmup_t=warmup, warmup_lr_init=self.warmup_lr,
             warmup_prefix=True, t_in_epochs=False,
         )  # fmt: skip
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # The schedule is a function of the step, and its plan that of this run's configuration: nothing of it is restored.
+        checkpoint["lr_schedulers"] = [{} for _ in checkpoint.get("lr_schedulers", [])]
+
+    def on_train_start(self) -> None:
+        self.lr_scheduler_step(self.lr_schedulers(), None)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)  # timm's schedules are told the step, torch's count it

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -42,6 +43,7 @@ def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
             fail(str(error))
 
     def main() -> None:
+        _refuse_to_write_over_a_run()
         if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
             os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
         try:
@@ -52,6 +54,14 @@ def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
             fail(answer(error, [arg for arg in sys.argv[1:] if "=" in arg]))
 
     return main
+
+
+def _refuse_to_write_over_a_run() -> None:
+    """Here, because Hydra writes into the directory before it calls the task; the other ranks find their own run in it."""
+    for arg in sys.argv[1:]:
+        key, _, folder = arg.partition("=")
+        if key == "hydra.run.dir" and (Path(folder) / "config.yaml").exists() and "LOCAL_RANK" not in os.environ:
+            fail(f"{folder} already holds a run; choose another hydra.run.dir, or move it away")
 
 
 def _with_tracebacks() -> bool:
@@ -81,8 +91,10 @@ def answer(error: Exception, overrides: list[str]) -> str:
 def _unknown_key(key: str, overrides: list[str]) -> str:
     given = next((arg for arg in overrides if arg.lstrip("+~").split("=")[0] == key), key)
     if key in KNOBS:
-        model = next((arg.split("=")[1] for arg in overrides if arg.startswith("model=")), "of this run")
-        return f"{given}: model={model} has no such knob; models that have it: {', '.join(models_with(key))}"
+        model = next((arg.split("=")[1] for arg in overrides if arg.startswith("model=")), None)
+        return (
+            f"{given}: {f'model={model}' if model else 'this model'} has no such knob; models that have it: {', '.join(models_with(key))}"
+        )
     near = difflib.get_close_matches(key, _known_keys([arg for arg in overrides if arg != given]), n=3, cutoff=0.6)
     return f"{given}: no such key{'; did you mean ' + ' or '.join(near) + '?' if near else '; --cfg job shows them all'}"
 

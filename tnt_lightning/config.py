@@ -28,6 +28,13 @@ def check(config: DictConfig, model: str) -> None:
     for key in map(str, config):
         if key not in KEYS:
             raise UserError(f"{key}={config[key]}: no such key; the top-level keys are {', '.join(KEYS)}")
+    known = OmegaConf.load(CONF / "recipe" / "imagenet.yaml")
+    assert isinstance(known, DictConfig)
+    for key in map(str, config.recipe):
+        if key not in known:
+            raise UserError(f"recipe.{key}={config.recipe[key]}: no such key; a recipe has {', '.join(map(str, known))}")
+    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
+        raise UserError(f"seed={config.seed!r} is not a whole number from 0 to 2**32 - 1")
     for knob in KNOBS:
         if knob not in config:
             continue
@@ -41,6 +48,13 @@ def refuse_ablation_in_a_single_run(ablation: str | None) -> None:
     if ablation is not None:
         command = shlex.join(["python", "-m", "tnt_lightning.train", "-m", *(arg for arg in sys.argv[1:] if not arg.startswith("hydra."))])
         raise UserError(f"ablation={ablation} is a sweep of several runs; start it with -m: {command}")
+
+
+def refuse_ablation_of_swept_models(ablation: str | None) -> None:
+    """Hydra reads the grid once, of the model that is not swept; another model's rows would be missing without a word."""
+    swept = [arg for arg in sys.argv[1:] if arg.startswith(("model=", "data=", "experiment=")) and "," in arg]
+    if ablation is not None and swept:
+        raise UserError(f"{swept[0]} beside ablation={ablation}: each model has a grid of its own; start a sweep for each")
 
 
 def sweep_values(values: ListConfig) -> str:

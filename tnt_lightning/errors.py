@@ -2,4 +2,6 @@
 
 
 class UserError(ValueError):
-    pass
+    def __str__(self) -> str:
+        # From a loader's worker torch raises it again with the worker's traceback as its message.
+        return super().__str__().rsplit("UserError: ", 1)[-1].strip()

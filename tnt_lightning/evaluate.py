@@ -46,6 +46,8 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
     config = OmegaConf.create(runs.config_of(directory))
     OmegaConf.set_struct(config, True)
     for key, value in given.items():
+        if key.lstrip("+").split(".")[0] not in ("data", "trainer") or "." not in key:
+            raise UserError(f"{key}={value}: of a finished run only data.* and trainer.* can be changed")
         try:
             OmegaConf.update(config, key.lstrip("+"), yaml.safe_load(value), force_add=key.startswith("+"))
         except (OmegaConfBaseException, yaml.YAMLError):
@@ -65,6 +67,10 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
         for name, figure in figures.items():
             table.add_row(name, f"{figure:g}", f"{recorded[name]:g}" if name in recorded else "")
         Console().print(table)
+        here = {"device": runs.origin()["device"], "devices": trainer.world_size, "precision": trainer.precision}
+        for name, now in here.items():
+            if recorded.get(name, now) != now:
+                print(f"note: {name} now {now}, recorded with {recorded[name]}; the last digits may differ")
     return figures
 
 

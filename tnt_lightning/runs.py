@@ -36,11 +36,12 @@ def load(path: str | Path, checkpoint: str | None = None) -> nn.Module:
 
 def start(run: Path, config: dict[str, Any]) -> None:
     """Claim a directory for a new run; UserError where one lies already."""
-    for name in ("config.yaml", "result.json", "checkpoints"):
-        if (run / name).exists():
-            raise UserError(f"{run} already holds a run ({name}); choose another hydra.run.dir, or move it away")
     run.mkdir(parents=True, exist_ok=True)
-    _write(run / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    try:
+        with (run / "config.yaml").open("x") as file:  # of two runs that start here at once, one
+            yaml.safe_dump(config, file, sort_keys=False)
+    except FileExistsError:
+        raise UserError(f"{run} already holds a run; choose another hydra.run.dir, or move it away") from None
 
 
 def finish(run: Path, result: dict[str, Any]) -> None:
@@ -71,6 +72,8 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
         raise UserError(f"{path}: a URL is not loaded from; download the run and give its directory")
     path = Path(path).expanduser()
     if path.suffix == ".ckpt":
+        if not path.is_file():
+            raise UserError(f"{path}: no such checkpoint")
         return path.parent.parent, path
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
@@ -82,12 +85,16 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
     return path, file
 
 
-def load_weights(backbone: nn.Module, file: Path) -> None:
-    """The averaged weights of one of our checkpoints into its backbone. UserError for another network's, listing the keys."""
+def load_weights(backbone: nn.Module, file: Path) -> int:
+    """The averaged weights of one of our checkpoints into its backbone; gives how many epochs they were trained.
+
+    UserError for another network's, listing the keys.
+    """
     prefix = "backbone."
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        state, epochs = checkpoint["state_dict"], int(checkpoint["epoch"]) + 1
+    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not a checkpoint of tnt_lightning, or a damaged one ({_first_line(error)})") from None
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     wanted = backbone.state_dict()
@@ -100,6 +107,7 @@ def load_weights(backbone: nn.Module, file: Path) -> None:
         lists = "; ".join(f"{what}: {', '.join(names)}" for what, names in odd.items() if names)
         raise UserError(f"{file}: weights of another network ({lists})")
     backbone.load_state_dict(state)
+    return epochs
 
 
 def origin() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check, refuse_ablation_in_a_single_run
+from tnt_lightning.config import check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models
 from tnt_lightning.errors import UserError
 
 
@@ -24,10 +24,11 @@ def main(config: DictConfig) -> float | None:
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
             plain["trainer"]["devices"] = 1
-        if plain["trainer"]["devices"] != 1 or plain["trainer"]["num_nodes"] != 1:
+        if plain["trainer"]["devices"] not in (1, "1", [0]) or plain["trainer"]["num_nodes"] != 1:
             raise UserError(
                 f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto"
             )
+        refuse_ablation_of_swept_models(hydra.runtime.choices.get("ablation"))
     else:
         refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
     result = train(plain, Path(hydra.runtime.output_dir))
@@ -37,33 +38,35 @@ def main(config: DictConfig) -> float | None:
 def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
     import lightning as L
-    import torch
 
     from tnt_lightning import runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
-    from tnt_lightning.callbacks import EMA, BestAndLast, Throughput
+    from tnt_lightning.callbacks import EMA, Best, Last, Throughput
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
 
     began = time.perf_counter()
     recipe = config["recipe"]
     show.quiet()
-    if recipe["threads"]:
-        torch.set_num_threads(recipe["threads"])
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
-    data = build_data(config)
     classifier = build_classifier(config)
-    input_size = data.input_size
-    parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, input_size)
+    data = build_data(config)
+    parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, data.input_size)
     if config["weights"]:
         runs.load_weights(classifier.backbone, runs.locate(config["weights"])[1])
     resume = runs.locate(config["resume"], "last")[1] if config["resume"] else None
+    if resume is not None and (done := runs.load_weights(classifier.backbone, resume)) >= config["trainer"]["max_epochs"]:
+        raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
 
     data.setup()
     assert data.parts is not None
-    checkpoints, throughput = BestAndLast(run / "checkpoints", validates=data.parts.val is not None), Throughput()
-    callbacks = [checkpoints, throughput, *([EMA(decay=recipe["ema_decay"])] if recipe["ema_decay"] else [])]
+    folder, throughput = run / "checkpoints", Throughput()
+    callbacks = [throughput, Last(folder)]
+    if data.parts.val is not None:
+        callbacks.append(Best(folder))
+    if recipe["ema_decay"]:
+        callbacks.append(EMA(decay=recipe["ema_decay"]))
     trainer = build_trainer(config, run=run, callbacks=callbacks)
     data.trainer = trainer
     data.train_dataloader()  # what does not fit is said here, before anything is written
@@ -72,15 +75,18 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         show.opening(config, trainer, data, run)
     trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
 
+    trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json
+
     def figures(checkpoint: str) -> dict[str, float]:
         runs.load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint))
         return evaluate(trainer, classifier, data)
 
     # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
-    choose = data.parts.val is not None and data.parts.test is not None
+    chosen = runs.checkpoint_path(run, "best").exists()
+    choose = chosen and data.parts.test is not None
     result: dict[str, Any] = {"checkpoint": "best" if choose else "last"}
     result |= figures(result["checkpoint"])
-    if data.parts.test is None and checkpoints.best_model_path:
+    if chosen and not choose:
         result |= {f"best/{name}": value for name, value in figures("best").items()}
     result |= {
         "parameters": parameters.live,

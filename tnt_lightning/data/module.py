@@ -128,7 +128,9 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.val_fraction={val_fraction} is not a fraction from 0 to below 1")
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.in_chans, self.num_classes, self.val_fraction, self.seed = in_chans, num_classes, val_fraction, seed
-        size = (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or ())
+        if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+            raise UserError(f"image_size={image_size!r} is neither a whole number of pixels nor (height, width)")
         self.input_size = (in_chans, *size)
         mean, std = (_per_channel(name, x, in_chans) for name, x in (("mean", mean), ("std", std)))
         per_image = dict(augmentation or {})
@@ -202,6 +204,8 @@ class ImageDataModule(L.LightningDataModule):
     def _eval_loader(self, split: Labelled | None) -> DataLoader | list:
         if split is None:
             return []
+        if len(split.labels) < self.world:
+            raise UserError(f"{len(split.labels)} images to evaluate on {self.world} devices: each needs one; lower trainer.devices")
         # Lightning's own sampler pads to equal lengths and would count 101 images as 102 on two ranks.
         mine = range(self.rank, len(split.labels), self.world)
         return self._loader(split, self.eval_transform, mine)

@@ -319,11 +319,10 @@ class TNT(nn.Module):
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Words and sentences as they enter the first block (paper, Eq. 3-5)."""
         _, chans, height, width = images.shape
-        torch._assert(
-            (chans, height, width) == (self.in_chans, self.image_size[0], self.image_size[1]),
-            f"images of {chans}x{height}x{width} do not fit a model for {self.in_chans}x{self.image_size[0]}x{self.image_size[1]}; "
-            "set_input_size() changes its image size, in_chans its channels",
-        )
+        torch._assert(chans == self.in_chans, f"images of {chans} channels do not fit in_chans={self.in_chans}")
+        misfit = f"images of {height}x{width} do not fit image_size={self.image_size}; set_input_size() changes it"
+        torch._assert(height == self.image_size[0], misfit)
+        torch._assert(width == self.image_size[1], misfit)
         words = self.word_embed(images)
         if self.word_position is not None:
             words = words + self.word_position
@@ -518,7 +517,7 @@ def _check_heads(where: str, heads: int, dim: int) -> None:
 
 
 def _check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size) if isinstance(image_size, Sequence) else ()
     if len(size) != 2:
         raise UserError(f"image_size={image_size!r} is neither a number nor (height, width)")
     _check_whole(**{"image_size": size[0]})
