@@ -262,6 +262,15 @@ def test_mixing_gives_soft_targets_and_erasing_noise():
     assert all(0 < (image != 0).any(0).float().mean() < 1 for image in erased)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("batch_size", "big"), ("batch_size", 0), ("num_workers", -1), ("image_size", 8.0), ("in_chans", 2), ("val_fraction", 1)],
+)
+def test_values_that_are_no_sizes(name, value):
+    with pytest.raises(UserError, match=f"{name}={value!r}"):
+        Digits(**{**DIGITS, name: value})
+
+
 def test_mean_for_each_channel():
     with pytest.raises(UserError, match=r"recipe.mean=\[0.5, 0.5, 0.5\] has 3 values for data.in_chans=1"):
         Digits(**{**DIGITS, "mean": [0.5, 0.5, 0.5]})

@@ -128,7 +128,10 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"data.val_fraction={val_fraction} is not a fraction from 0 to below 1")
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.in_chans, self.num_classes, self.val_fraction, self.seed = in_chans, num_classes, val_fraction, seed
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or ())
+        for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("num_classes", num_classes, 1)):
+            if not isinstance(value, int) or value < lowest:
+                raise UserError(f"data.{name}={value!r} is not a whole number of at least {lowest}")
+        size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(f"image_size={image_size!r} is neither a whole number of pixels nor (height, width)")
         self.input_size = (in_chans, *size)
@@ -173,7 +176,7 @@ class ImageDataModule(L.LightningDataModule):
         """Images a device and forward pass: batch_size / (devices x accumulation)."""
         accumulation = self.trainer.accumulate_grad_batches if self.trainer else 1
         ways = self.world * accumulation
-        if self.batch_size < 1 or self.batch_size % ways:
+        if self.batch_size % ways:
             fits = [n for n in (self.batch_size // ways * ways, (self.batch_size // ways + 1) * ways) if n]
             raise UserError(
                 f"data.batch_size={self.batch_size} does not divide among {self.world} device(s) x {accumulation} accumulation step(s); "
