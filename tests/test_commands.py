@@ -248,6 +248,7 @@ def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
         (["trainer.precision=99"], "error: trainer: "),
         (["+recipe.foo=1"], "error: recipe.foo=1: no such key; a recipe has"),
         (["+data.foo=1"], "error: data: "),
+        (["optimizer.lr=abc", "trainer.enable_progress_bar=false"], "error: optimizer="),
         (["seed=-1"], "error: seed=-1 is not a whole number"),
         (["data=imagenet", "data.root=/nowhere"], "error: /nowhere/train: no such folder"),
     ],

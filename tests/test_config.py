@@ -207,6 +207,8 @@ def test_composition_errors_become_one_line_without_a_plus(overrides, line):
         (["trainer.max_epochs=0"], "trainer.max_epochs=0 is not a whole number of at least 1"),
         (["recipe.warmup_epochs=60"], "recipe.warmup_epochs=60 is not shorter than trainer.max_epochs=60"),
         (["inner_heads=5"], "inner_heads=5 does not divide inner_dim=24"),
+        (["+model.foo=1"], "TNT has no knob foo"),
+        (["model=deit_s", "+model.foo=1"], "model.model_name=deit_small_patch16_224: .*foo"),
     ],
 )
 def test_values_that_cannot_train_are_refused(overrides, message):

@@ -38,12 +38,14 @@ def build_classifier(config: Config) -> Classifier:
         raise UserError(f"trainer.max_epochs={epochs!r} is not a whole number of at least 1")
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
-    return Classifier(
+    classifier = Classifier(
         build_model(**config["model"]),
         num_classes=config["data"]["num_classes"],
         optimizer=config["optimizer"],
         **{name: recipe[name] for name in ("warmup_epochs", "warmup_lr", "min_lr", "label_smoothing")},
     )
+    classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
+    return classifier
 
 
 def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None) -> L.Trainer:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -74,17 +75,21 @@ class Classifier(L.LightningModule):
         for name, value in figures.compute().items():
             self.log(f"{part}/{name}", value, prog_bar=name == "top1", sync_dist=True)
 
+    def make_optimizer(self, *, fused: bool) -> Optimizer:
+        """timm's, over the backbone; fused=False: without torch's fused step even where the recipe asks for it."""
+        arguments = self.optimizer if fused else {name: value for name, value in self.optimizer.items() if name != "fused"}
+        try:
+            return create_optimizer_v2(self.backbone, **arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer={self.optimizer}: {error}") from None
+
     def configure_optimizers(self):
         total = int(self.trainer.estimated_stepping_batches)
         if total < 1:
             raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_epochs")
         # torch's fused step may unscale gradients itself, so Lightning does not clip before it under mixed precision.
         clips_mixed = self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("-mixed")
-        extra = {"fused": False} if clips_mixed and "fused" in self.optimizer else {}
-        try:
-            optimizer = create_optimizer_v2(self.backbone, **{**self.optimizer, **extra})
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optimizer={self.optimizer}: {error}") from None
+        optimizer = self.make_optimizer(fused=not clips_mixed)
         warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
         scheduler = CosineLRScheduler(
             optimizer, t_initial=total - warmup, lr_min=self.min_lr, warmup_t=warmup, warmup_lr_init=self.warmup_lr,

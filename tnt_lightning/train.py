@@ -62,11 +62,12 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     data.setup()
     assert data.parts is not None
     folder, throughput = run / "checkpoints", Throughput()
-    callbacks = [throughput, Last(folder)]
-    if data.parts.val is not None:
-        callbacks.append(Best(folder))
+    callbacks: list[L.Callback] = [throughput]
     if recipe["ema_decay"]:
         callbacks.append(EMA(decay=recipe["ema_decay"]))
+    if data.parts.val is not None:
+        callbacks.append(Best(folder))
+    callbacks.append(Last(folder))  # after Best, whose state it holds
     trainer = build_trainer(config, run=run, callbacks=callbacks)
     data.trainer = trainer
     data.train_dataloader()  # what does not fit is said here, before anything is written

@@ -28,7 +28,10 @@ def build_model(*, _target_: str, **knobs: Any) -> nn.Module:
         name = knobs.pop("model_name")
         if not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
             raise UserError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
-        return timm.create_model(name, pretrained=False, **knobs)
+        try:
+            return timm.create_model(name, pretrained=False, **knobs)
+        except TypeError as error:
+            raise UserError(f"model.model_name={name}: {error}") from None
     raise UserError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnt_lightning.errors import UserError
+from tnt_lightning.models import knobs
 
 POSITION_ENCODINGS = ("none", "sentence", "word", "both")
 GLOBAL_POOLS = ("token", "avg", "")
@@ -233,26 +234,26 @@ class TNT(nn.Module):
         global_pool: Literal["token", "avg", ""] = "token",
     ):
         super().__init__()
-        _check_whole(
+        knobs.check_whole(
             patch_size=patch_size, in_chans=in_chans, words_per_patch=words_per_patch, outer_dim=outer_dim,
             outer_heads=outer_heads, inner_heads=inner_heads, depth=depth,
         )  # fmt: skip
-        _check_whole(lowest=0, num_classes=num_classes)
-        _check_words(words_per_patch, patch_size)
+        knobs.check_whole(lowest=0, num_classes=num_classes)
+        knobs.check_words(words_per_patch, patch_size)
         if inner_dim is None:
             if outer_dim % words_per_patch:
-                fits = [m for m in _word_counts(patch_size) if outer_dim % m == 0]
+                fits = [m for m in knobs.word_counts(patch_size) if outer_dim % m == 0]
                 raise UserError(
                     f"words_per_patch={words_per_patch} does not divide outer_dim={outer_dim}, so that inner_dim has no whole value; "
                     f"set inner_dim, or try words_per_patch from {fits}"
                 )
             inner_dim = outer_dim // words_per_patch
-        _check_whole(inner_dim=inner_dim)
-        _check_heads("inner", inner_heads, inner_dim)
-        _check_heads("outer", outer_heads, outer_dim)
-        _check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
-        _check_choice("global_pool", global_pool, GLOBAL_POOLS)
-        _check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        knobs.check_whole(inner_dim=inner_dim)
+        knobs.check_heads("inner", inner_heads, inner_dim)
+        knobs.check_heads("outer", outer_heads, outer_dim)
+        knobs.check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
+        knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        knobs.check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         if not isinstance(mlp_ratio, (int, float)) or not int(min(inner_dim, outer_dim) * mlp_ratio) >= 1:
             raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit; the paper's is 4")
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
@@ -268,7 +269,7 @@ class TNT(nn.Module):
         self.num_features = self.head_hidden_size = self.embed_dim = outer_dim
         self.num_prefix_tokens = 1
         self.grad_checkpointing = False
-        self.image_size = _check_image(image_size, patch_size)
+        self.image_size = knobs.check_image(image_size, patch_size)
         self.grid_size = _grid(self.image_size, patch_size)  # sentences down and across
         num_sentences = self.grid_size[0] * self.grid_size[1]
 
@@ -282,7 +283,7 @@ class TNT(nn.Module):
             self.sentence_position = nn.Parameter(torch.zeros(1, 1 + num_sentences, outer_dim))
         self.position_drop = nn.Dropout(drop_rate)
 
-        with_words = _check_blocks(tnt_blocks, depth)
+        with_words = knobs.check_blocks(tnt_blocks, depth)
         blocks: list[TNTBlock | PlainBlock] = []
         for number, drop_path in enumerate(calculate_drop_path_rates(drop_path_rate, depth), start=1):
             shared: dict[str, Any] = dict(
@@ -367,7 +368,7 @@ class TNT(nn.Module):
 
         indices: an int n takes the last n blocks, a list takes blocks by index (from 0, negative from the end).
         """
-        _check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
+        knobs.check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         taken, last = feature_take_indices(len(self.blocks), indices)
         intermediates = []
         words, sentences = self._embed(x)
@@ -441,7 +442,7 @@ class TNT(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh head for num_classes (0: none), and another pooling where one is named."""
         if global_pool is not None:
-            _check_choice("global_pool", global_pool, GLOBAL_POOLS)
+            knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
             self.global_pool = global_pool
         self.num_classes = num_classes
         like = self.cls_token
@@ -468,79 +469,12 @@ class TNT(nn.Module):
         if img_size is None:
             return
         old_grid = self.grid_size
-        self.image_size = _check_image(img_size, self.patch_size)
+        self.image_size = knobs.check_image(img_size, self.patch_size)
         self.grid_size = _grid(self.image_size, self.patch_size)
         if self.sentence_position is not None and self.grid_size != old_grid:
             resized = resample_abs_pos_embed(self.sentence_position.detach(), list(self.grid_size), list(old_grid), num_prefix_tokens=1)
             self.sentence_position = nn.Parameter(resized, requires_grad=self.sentence_position.requires_grad)
 
 
-# ---- knobs that do not fit: the knob, its value, and values that would do
-
-
-def _divisors(n: int) -> list[int]:
-    return [k for k in range(1, n + 1) if n % k == 0]
-
-
-def _word_counts(patch_size: int) -> list[int]:
-    return [k * k for k in _divisors(patch_size)]
-
-
-def _check_whole(lowest: int = 1, **knobs: int) -> None:
-    for name, value in knobs.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            raise UserError(f"{name}={value!r} is not a whole number of at least {lowest}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r} is not one of {', '.join(repr(choice) for choice in choices)}")
-
-
-def _check_rates(**rates: float) -> None:
-    for name, rate in rates.items():
-        if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate < 1:
-            raise UserError(f"{name}={rate!r} is not a rate from 0 to below 1")
-
-
-def _check_words(words_per_patch: int, patch_size: int) -> None:
-    if words_per_patch not in _word_counts(patch_size):
-        raise UserError(
-            f"words_per_patch={words_per_patch} does not cut a patch of patch_size={patch_size} into equal squares; "
-            f"try one of {_word_counts(patch_size)}"
-        )
-
-
-def _check_heads(where: str, heads: int, dim: int) -> None:
-    if dim % heads:
-        raise UserError(f"{where}_heads={heads} does not divide {where}_dim={dim}; try one of {_divisors(dim)}")
-
-
-def _check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size) if isinstance(image_size, Sequence) else ()
-    if len(size) != 2:
-        raise UserError(f"image_size={image_size!r} is neither a number nor (height, width)")
-    _check_whole(**{"image_size": size[0]})
-    _check_whole(**{"image_size": size[1]})
-    for side in size:
-        if below := side % patch_size:
-            fits = [n for n in (side - below, side - below + patch_size) if n]
-            raise UserError(
-                f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}"
-            )
-    return size[0], size[1]
-
-
 def _grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     return image_size[0] // patch_size, image_size[1] // patch_size
-
-
-def _check_blocks(tnt_blocks: Sequence[int] | None, depth: int) -> set[int]:
-    if tnt_blocks is None:
-        return set(range(1, depth + 1))
-    known = isinstance(tnt_blocks, Sequence) and not isinstance(tnt_blocks, str)
-    if not known or any(not isinstance(n, int) or not 1 <= n <= depth for n in tnt_blocks) or len(set(tnt_blocks)) != len(tnt_blocks):
-        raise UserError(
-            f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all"
-        )
-    return set(tnt_blocks)
