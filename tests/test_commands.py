@@ -110,13 +110,18 @@ def test_weights_of_another_network_are_listed(tmp_path, finished):
         train(tmp_path / "run", f"weights={finished}", *other)
 
 
-def test_a_directory_with_a_run_is_not_written_over(finished):
+def test_a_directory_with_a_run_is_not_written_over(finished, tmp_path):
     before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
     done = command("train", *QUICK, f"hydra.run.dir={finished}", cwd=finished.parent)
     assert done.returncode == 2 and "already holds a run" in done.stderr
     assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
     with pytest.raises(UserError, match="already holds a run"):
         train(finished)
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    (sweep / "multirun.yaml").touch()
+    done = command("train", "-m", "seed=0,1", f"hydra.sweep.dir={sweep}", cwd=tmp_path)
+    assert done.returncode == 2 and "already holds a sweep" in done.stderr and len(list(sweep.iterdir())) == 1
 
 
 # ---- several devices
@@ -175,6 +180,17 @@ def test_an_ablation_of_several_models_at_once_is_refused(tmp_path):
     assert done.returncode == 2 and "each model has a grid of its own" in done.stderr
     done = command("train", "-m", "ablation=se", "model=deit_s", cwd=tmp_path)
     assert done.returncode == 2 and "ablation=se: this model has no grid for se; models that have one: tnt_b" in done.stderr
+
+
+def test_evaluate_sets_recorded_figures_beside_those_of_the_same_checkpoint_only(finished, capsys):
+    from tnt_lightning.evaluate import evaluate_run
+
+    recorded = {}
+    for name in ("best", "last"):
+        evaluate_run([f"run={runs.checkpoint_path(finished, name)}"])
+        rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if "/top" in line or "/loss" in line]
+        recorded[name] = [cell.strip() for *_, cell in rows]
+    assert len(recorded["best"]) == 6 and all(recorded["best"]) and recorded["last"] == [""] * 6
 
 
 def test_evaluate_changes_what_does_not_change_the_model(finished, capsys):
@@ -246,10 +262,10 @@ def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
         (["inner_heads=5"], "error: inner_heads=5 does not divide inner_dim=24; try one of [1, 2, 3, 4, 6, 8, 12, 24]"),
         (["model=deit_s", "inner_heads=2"], "error: inner_heads=2: model=deit_s has no such knob"),
         (["trainer.precision=99"], "error: trainer: "),
-        (["+recipe.foo=1"], "error: recipe.foo=1: no such key; a recipe has"),
         (["+data.foo=1"], "error: data: "),
-        (["optimizer.lr=abc", "trainer.enable_progress_bar=false"], "error: optimizer="),
-        (["seed=-1"], "error: seed=-1 is not a whole number"),
+        (["optimizer.lr=abc"], "error: optimizer.lr='abc' is not a number"),
+        (["+optimizer.foo=1"], "error: optimizer="),
+        (["trainer.max_steps=10"], "error: trainer.max_steps=10: not among the arguments that conf/trainer/ names; +trainer.max_steps=10"),
         (["data=imagenet", "data.root=/nowhere"], "error: /nowhere/train: no such folder"),
     ],
 )

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning import CONF, create_model
 from tnt_lightning.build import build_classifier, build_data
@@ -182,6 +184,26 @@ def test_a_knob_that_would_not_bite_is_refused(overrides, message):
 
 
 @pytest.mark.parametrize(
+    "override, message",
+    [
+        ("trainer.max_epochs=0", "trainer.max_epochs=0 is not a whole number from 1 up"),
+        ("trainer.accumulate_grad_batches=0", "whole number from 1 up"),
+        ("optimizer.lr=abc", "optimizer.lr='abc' is not a number from 0 up"),
+        ("recipe.warmup_epochs=null", "recipe.warmup_epochs=None is not a number from 0 up"),
+        ("recipe.ema_decay=1.5", "recipe.ema_decay=1.5 is not a number or null from 0 to 1"),
+        ("recipe.label_smoothing=2", "from 0 to 1"),
+        ("recipe.threads=-1", "recipe.threads=-1"),
+        ("recipe.interpolation=cubic", "recipe.interpolation='cubic' is not one of nearest, bilinear, bicubic, lanczos"),
+        ("seed=-1", "seed=-1 is not a whole number from 0 to"),
+        ("+recipe.foo=1", "recipe.foo=1: no such key; a recipe has"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(override, message):
+    with pytest.raises(UserError, match=message):
+        check(compose(override), "tnt_digits")
+
+
+@pytest.mark.parametrize(
     "overrides, line",
     [
         (
@@ -192,11 +214,12 @@ def test_a_knob_that_would_not_bite_is_refused(overrides, message):
         (["optimizer.lrr=1"], "optimizer.lrr=1: no such key; did you mean optimizer.lr"),
         (["model=tnt_xl"], "model=tnt_xl not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"),
         (["data=cifar"], "data=cifar not found; available: digits, imagenet"),
+        (["recipe.lr=0.001"], "recipe.lr is a rate for each optimizer; set optimizer.lr"),
     ],
 )
 def test_composition_errors_become_one_line_without_a_plus(overrides, line):
-    with pytest.raises(Exception) as caught:
-        compose(*overrides)
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        resolved(*overrides)
     said = answer(caught.value, overrides)
     assert said.startswith(line) and "\n" not in said and "+" not in said
 
@@ -204,7 +227,6 @@ def test_composition_errors_become_one_line_without_a_plus(overrides, line):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["trainer.max_epochs=0"], "trainer.max_epochs=0 is not a whole number of at least 1"),
         (["recipe.warmup_epochs=60"], "recipe.warmup_epochs=60 is not shorter than trainer.max_epochs=60"),
         (["inner_heads=5"], "inner_heads=5 does not divide inner_dim=24"),
         (["+model.foo=1"], "TNT has no knob foo"),

@@ -1,6 +1,7 @@
 """Splits, order, pipeline: what the model is shown, and in which order."""
 
 import itertools
+import pickle
 import random
 from collections import Counter
 
@@ -168,8 +169,10 @@ def test_batch_size_is_global():
         data.device_batch  # noqa: B018
     mixing = Digits(**{**DIGITS, "batch_size": 6}, augmentation=dict(mixup=0.8))
     mixing.trainer = Devices(2)
+    mixing.setup()
     with pytest.raises(UserError, match="even"):
-        mixing.device_batch  # noqa: B018
+        mixing.train_dataloader()
+    assert len(mixing.val_dataloader()) == 36  # evaluation mixes nothing
     large = Digits(**{**DIGITS, "batch_size": 2000})
     large.setup()
     with pytest.raises(UserError, match="larger than the training set of 1222"):
@@ -235,6 +238,11 @@ def test_posterize_to_zero_bits_is_black():
         theirs = create_transform((3, 16, 16), is_training=True, auto_augment=policy, normalize=False)
         with pytest.raises(ValueError):
             [seeded(theirs, photo(), seed) for seed in range(100)]
+
+
+def test_transforms_travel_to_workers_that_are_not_forked():
+    transform = train_transform((16, 16), crop_scale=(0.08, 1.0), hflip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
+    assert torch.equal(seeded(pickle.loads(pickle.dumps(transform)), photo(), 0), seeded(transform, photo(), 0))
 
 
 def test_random_affine():

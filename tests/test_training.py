@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import shutil
 import subprocess
 import sys
 import time
@@ -263,13 +264,16 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert {k: v for k, v in resumed.items() if "/" in k} == {k: v for k, v in whole.items() if "/" in k}
 
 
-def test_resume_keeps_the_best_checkpoint_and_takes_the_new_plan(tmp_path, finished):
-    ruin = ("recipe.epochs=3", "recipe.min_lr=0", "recipe.warmup_lr=0", "optimizer.lr=1e-3")
-    result = train(tmp_path / "run", f"resume={finished}", *ruin)
+def test_resume_of_a_moved_run_keeps_its_best_checkpoint_and_takes_the_new_plan(tmp_path, finished):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished, moved)
+    fade = ("recipe.min_lr=0", "recipe.warmup_lr=0", "optimizer.lr=1e-9", "optimizer.weight_decay=1e9", "recipe.epochs=3")
+    result = train(tmp_path / "run", f"resume={moved}", *fade)  # the third epoch takes everything that was learned
     assert result["epochs"] == 3 and result["steps"] == 3 * 19
     rates = metrics(tmp_path / "run", "lr")
-    assert len(rates) == 19 and 0 < max(rates) < 1e-3, "the last third of a cosine from 1e-3 to 0"
-    assert runs.checkpoint_path(tmp_path / "run", "best").exists()
+    assert len(rates) == 19 and 0 < max(rates) < 1e-9, "the last third of a cosine from 1e-9 to 0"
+    assert same(weights(tmp_path / "run", "best"), weights(finished, "best"))
+    assert {group["weight_decay"] for group in weights(tmp_path / "run", key="optimizer_states")[0]["param_groups"]} == {0, 1e9}
 
 
 def test_resume_says_what_it_cannot_continue(tmp_path, finished):
@@ -277,6 +281,9 @@ def test_resume_says_what_it_cannot_continue(tmp_path, finished):
         ([f"resume={finished}"], "trained for 2 epochs already; raise recipe.epochs"),
         ([f"resume={finished}", "recipe.epochs=3", "words_per_patch=16"], "weights of another network"),
         ([f"resume={finished / 'checkpoints' / 'lst.ckpt'}"], "lst.ckpt: no such checkpoint"),
+        ([f"resume={finished}", "recipe.epochs=3", "seed=1"], "seed=1: the run to continue had 0"),
+        ([f"resume={finished}", "recipe.epochs=3", "data.batch_size=32"], "data.batch_size=32: the run to continue had 64"),
+        ([f"resume={finished}", "recipe.epochs=3", "recipe.ema_decay=null"], "an average"),
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path / "run", *overrides)

@@ -16,6 +16,7 @@ from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model
 
 Config = dict[str, Any]
+_THREADS = torch.get_num_threads()  # torch's own choice, before a job of a sweep set another
 
 
 def build_data(config: Config) -> ImageDataModule:
@@ -28,14 +29,12 @@ def build_data(config: Config) -> ImageDataModule:
         raise UserError(f"data._target_={target!r} is not built from a config; known: tnt_lightning.data.{{{', '.join(known)}}}")
     try:
         return getattr(tnt_lightning.data, name)(**arguments)
-    except TypeError as error:
-        raise UserError(f"data: {error}") from None
+    except (TypeError, AssertionError, KeyError) as error:
+        raise UserError(f"data: {' '.join(str(error).split()) or 'an augmentation of the recipe is not known'}") from None
 
 
 def build_classifier(config: Config) -> Classifier:
     recipe, epochs = config["recipe"], config["trainer"]["max_epochs"]
-    if not isinstance(epochs, int) or epochs < 1:
-        raise UserError(f"trainer.max_epochs={epochs!r} is not a whole number of at least 1")
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
     classifier = Classifier(
@@ -50,8 +49,7 @@ def build_classifier(config: Config) -> Classifier:
 
 def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None) -> L.Trainer:
     """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs there."""
-    if config["recipe"]["threads"]:
-        torch.set_num_threads(config["recipe"]["threads"])
+    torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
         arguments["precision"] = _precision(arguments["accelerator"])

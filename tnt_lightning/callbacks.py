@@ -26,6 +26,10 @@ class EMA(WeightAveraging):
         self.decay = decay
         self._step = 0
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the module itself moves there only after this hook
+        super().setup(trainer, pl_module, stage)
+
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if step_idx is None:
             return False
@@ -47,10 +51,14 @@ class EMA(WeightAveraging):
 
 
 class Best(ModelCheckpoint):
-    """best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained."""
+    """best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained.
 
-    def __init__(self, folder: Path):
+    continued: the checkpoints folder of the run that this one continues, whose best.ckpt comes along.
+    """
+
+    def __init__(self, folder: Path, *, continued: Path | None = None):
         super().__init__(folder, filename="best", monitor="val/top1", mode="max", enable_version_counter=False)
+        self.continued = continued
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         if current is not None and self.best_model_score is not None and current == self.best_model_score:
@@ -58,13 +66,12 @@ class Best(ModelCheckpoint):
         return super().check_monitor_top_k(trainer, current)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of the run that is continued, whose best checkpoint comes along: this run has a directory of its own."""
-        theirs, ours = Path(state_dict["best_model_path"]), Path(self.dirpath or "", "best.ckpt")
-        if theirs.is_file():
-            _copy(theirs, ours)
-            score = state_dict["best_model_score"]
-            places = dict(best_model_path=str(ours), kth_best_model_path=str(ours), best_k_models={str(ours): score})
-            super().load_state_dict({**state_dict, **places, "dirpath": self.dirpath})
+        """The state's own paths are not used: the run may have been moved since."""
+        assert self.continued is not None and self.dirpath is not None
+        ours = Path(self.dirpath, "best.ckpt")
+        _copy(self.continued / "best.ckpt", ours)
+        places = dict(best_model_path=str(ours), kth_best_model_path=str(ours), best_k_models={str(ours): state_dict["best_model_score"]})
+        super().load_state_dict({**state_dict, **places, "dirpath": self.dirpath})
 
 
 @rank_zero_only

@@ -90,6 +90,7 @@ class Classifier(L.LightningModule):
         # torch's fused step may unscale gradients itself, so Lightning does not clip before it under mixed precision.
         clips_mixed = self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("-mixed")
         optimizer = self.make_optimizer(fused=not clips_mixed)
+        self._plan = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         warmup = round(total * self.warmup_epochs / (self.trainer.max_epochs or 1))
         scheduler = CosineLRScheduler(
             optimizer, t_initial=total - warmup, lr_min=self.min_lr, warmup_t=warmup, warmup_lr_init=self.warmup_lr,
@@ -98,10 +99,12 @@ class Classifier(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # The schedule is a function of the step, and its plan that of this run's configuration: nothing of it is restored.
+        # The schedule is a function of the step, and the plan is that of this run's configuration: nothing of it is restored.
         checkpoint["lr_schedulers"] = [{} for _ in checkpoint.get("lr_schedulers", [])]
 
     def on_train_start(self) -> None:
+        for group, plan in zip(self.trainer.optimizers[0].param_groups, self._plan, strict=True):
+            group.update(plan)
         self.lr_scheduler_step(self.lr_schedulers(), None)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

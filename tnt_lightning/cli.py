@@ -34,13 +34,13 @@ def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
     def job(config: DictConfig) -> Any:
         try:
             return task(config)
-        except UserError as error:
+        except (UserError, OmegaConfBaseException) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
-                logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, error)
+                logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, answer(error))
                 raise
             if _with_tracebacks():
                 raise
-            fail(str(error))
+            fail(answer(error))
 
     def main() -> None:
         _refuse_to_write_over_a_run()
@@ -51,7 +51,7 @@ def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         except (UserError, HydraException, OmegaConfBaseException) as error:
             if _with_tracebacks():
                 raise
-            fail(answer(error, [arg for arg in sys.argv[1:] if "=" in arg]))
+            fail(answer(error))
 
     return main
 
@@ -60,8 +60,9 @@ def _refuse_to_write_over_a_run() -> None:
     """Here, because Hydra writes into the directory before it calls the task; the other ranks find their own run in it."""
     for arg in sys.argv[1:]:
         key, _, folder = arg.partition("=")
-        if key == "hydra.run.dir" and (Path(folder) / "config.yaml").exists() and "LOCAL_RANK" not in os.environ:
-            fail(f"{folder} already holds a run; choose another hydra.run.dir, or move it away")
+        mark = {"hydra.run.dir": "config.yaml", "hydra.sweep.dir": "multirun.yaml"}.get(key)
+        if mark and (Path(folder) / mark).exists() and "LOCAL_RANK" not in os.environ:
+            fail(f"{folder} already holds a {key.split('.')[1]}; choose another {key}, or move it away")
 
 
 def _with_tracebacks() -> bool:
@@ -73,8 +74,10 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def answer(error: Exception, overrides: list[str]) -> str:
-    """One line for a user's mistake: the key or file, the value, the cure."""
+def answer(error: Exception, overrides: list[str] | None = None) -> str:
+    """One line for a user's mistake: the key or file, the value, the cure. The overrides are those of the command line."""
+    if overrides is None:
+        overrides = [arg for arg in sys.argv[1:] if "=" in arg]
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -85,6 +88,8 @@ def answer(error: Exception, overrides: list[str]) -> str:
         return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
     if match := re.search(r"Interpolation key 'grid\.(\w+)' not found", text):
         return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have one: {', '.join(models_with(match[1]))}"
+    if "recipe.lr" in text and "interpolation" in text:
+        return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
     return " ".join(text.split("\n")[0].split())
 
 
@@ -95,6 +100,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         return (
             f"{given}: {f'model={model}' if model else 'this model'} has no such knob; models that have it: {', '.join(models_with(key))}"
         )
+    if key.startswith("trainer.") and not given.startswith("+"):
+        return f"{given}: not among the arguments that conf/trainer/ names; +{given} hands it to lightning.Trainer"
     near = difflib.get_close_matches(key, _known_keys([arg for arg in overrides if arg != given]), n=3, cutoff=0.6)
     return f"{given}: no such key{'; did you mean ' + ' or '.join(near) + '?' if near else '; --cfg job shows them all'}"
 

@@ -6,6 +6,7 @@ them on to the model.
 
 import shlex
 import sys
+from math import inf
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -16,6 +17,23 @@ from tnt_lightning.errors import UserError
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
 SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "grid")
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+RANGES = {
+    "seed": ("whole number", 0, 2**32 - 1),
+    "optimizer.lr": ("number", 0, inf),
+    "recipe.epochs": ("whole number", 1, inf),
+    "recipe.warmup_epochs": ("number", 0, inf),
+    "recipe.warmup_lr": ("number", 0, inf),
+    "recipe.min_lr": ("number", 0, inf),
+    "recipe.label_smoothing": ("number", 0, 1),
+    "recipe.ema_decay": ("number or null", 0, 1),
+    "recipe.clip_grad": ("number or null", 0, inf),
+    "recipe.threads": ("whole number or null", 1, inf),
+    "recipe.crop_pct": ("number", 0.01, 1),
+    "trainer.max_epochs": ("whole number", 1, inf),
+    "trainer.accumulate_grad_batches": ("whole number", 1, inf),
+}
 
 
 def models_with(knob: str) -> list[str]:
@@ -33,8 +51,15 @@ def check(config: DictConfig, model: str) -> None:
     for key in map(str, config.recipe):
         if key not in known:
             raise UserError(f"recipe.{key}={config.recipe[key]}: no such key; a recipe has {', '.join(map(str, known))}")
-    if not isinstance(config.seed, int) or not 0 <= config.seed < 2**32:
-        raise UserError(f"seed={config.seed!r} is not a whole number from 0 to 2**32 - 1")
+    for key, (kind, lowest, highest) in RANGES.items():
+        value = OmegaConf.select(config, key)
+        numbers = (int,) if kind.startswith("whole number") else (int, float)
+        if value is None and kind.endswith("or null"):
+            continue
+        if not isinstance(value, numbers) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise UserError(f"{key}={value!r} is not a {kind} from {lowest:g} to {highest:g}".replace(" to inf", " up"))
+    if config.recipe.interpolation not in INTERPOLATIONS:
+        raise UserError(f"recipe.interpolation={config.recipe.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}")
     for knob in KNOBS:
         if knob not in config:
             continue
@@ -55,6 +80,18 @@ def refuse_ablation_of_swept_models(ablation: str | None) -> None:
     swept = [arg for arg in sys.argv[1:] if arg.startswith(("model=", "data=", "experiment=")) and "," in arg]
     if ablation is not None and swept:
         raise UserError(f"{swept[0]} beside ablation={ablation}: each model has a grid of its own; start a sweep for each")
+
+
+def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """What must stay for a run to go on: the seed and the data, which set the order and the split, and whether there is an average."""
+    free = ("root", "num_workers", "augmentation")
+    plans = []
+    for config in (before, now):
+        data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
+        plans.append({"seed": config["seed"], **data, "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"])})
+    for key, value in plans[1].items():
+        if plans[0].get(key) != value:
+            raise UserError(f"{key}={value}: the run to continue had {plans[0].get(key)}; give the same, or start from its weights=")
 
 
 def sweep_values(values: ListConfig) -> str:

@@ -63,9 +63,10 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
     figures = evaluate(trainer, classifier, data)
     if trainer.is_global_zero:
         recorded = runs.result_of(directory)
+        prefix = "" if file.stem == recorded.get("checkpoint") else f"{file.stem}/"  # best/ beside the result of the last
         table = Table("figure", "now", "recorded", title=str(file))
         for name, figure in figures.items():
-            table.add_row(name, f"{figure:g}", f"{recorded[name]:g}" if name in recorded else "")
+            table.add_row(name, f"{figure:g}", f"{recorded[prefix + name]:g}" if prefix + name in recorded else "")
         Console().print(table)
         here = {"device": runs.origin()["device"], "devices": trainer.world_size, "precision": trainer.precision}
         for name, now in here.items():

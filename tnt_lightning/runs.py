@@ -70,7 +70,7 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
     """(run directory, checkpoint file) of a run directory or of a checkpoint in one."""
     if "://" in str(path):
         raise UserError(f"{path}: a URL is not loaded from; download the run and give its directory")
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     if path.suffix == ".ckpt":
         if not path.is_file():
             raise UserError(f"{path}: no such checkpoint")

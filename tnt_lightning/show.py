@@ -60,7 +60,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{live_m}{also}"),
         ("FLOPs", _flops(result["flops"])),
         ("training speed", f"{speed:,.0f} images/s" if speed else "not measured"),
-        ("time", f"{result['wall_s']:.0f} s"),
+        ("time, without start-up", f"{result['wall_s']:.0f} s"),
     ]
 
 

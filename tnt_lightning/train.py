@@ -9,7 +9,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models
+from tnt_lightning.config import check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
 from tnt_lightning.errors import UserError
 
 
@@ -55,9 +55,12 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, data.input_size)
     if config["weights"]:
         runs.load_weights(classifier.backbone, runs.locate(config["weights"])[1])
-    resume = runs.locate(config["resume"], "last")[1] if config["resume"] else None
-    if resume is not None and (done := runs.load_weights(classifier.backbone, resume)) >= config["trainer"]["max_epochs"]:
-        raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
+    resume = None
+    if config["resume"]:
+        continued, resume = runs.locate(config["resume"], "last")
+        if (done := runs.load_weights(classifier.backbone, resume)) >= config["trainer"]["max_epochs"]:
+            raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
+        refuse_to_continue(runs.config_of(continued), config)
 
     data.setup()
     assert data.parts is not None
@@ -66,7 +69,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     if recipe["ema_decay"]:
         callbacks.append(EMA(decay=recipe["ema_decay"]))
     if data.parts.val is not None:
-        callbacks.append(Best(folder))
+        callbacks.append(Best(folder, continued=resume.parent if resume else None))
     callbacks.append(Last(folder))  # after Best, whose state it holds
     trainer = build_trainer(config, run=run, callbacks=callbacks)
     data.trainer = trainer

@@ -67,7 +67,8 @@ class Transformed(Dataset):
 class TrainOrder(Sampler):
     """(index, seed) pairs of one rank: every epoch another order of whole global batches, each image `repeats` times running.
 
-    Repeats of an image fall on different ranks (repeated augmentation, arXiv 1901.09335); an epoch stays as long as without.
+    Repeats of an image fall on different ranks where there are as many (repeated augmentation, arXiv 1901.09335); an epoch stays
+    as long as without.
     """
 
     def __init__(self, size: int, *, total: int, repeats: int, rank: int, world: int, seed: int):
@@ -124,8 +125,8 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if in_chans not in (1, 3):
             raise UserError(f"data.in_chans={in_chans}: images have 3 channels, or 1 for grey")
-        if val_fraction is not None and not 0 <= val_fraction < 1:
-            raise UserError(f"data.val_fraction={val_fraction} is not a fraction from 0 to below 1")
+        if val_fraction is not None and not (isinstance(val_fraction, (int, float)) and 0 <= val_fraction < 1):
+            raise UserError(f"data.val_fraction={val_fraction!r} is not a fraction from 0 to below 1")
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
         self.in_chans, self.num_classes, self.val_fraction, self.seed = in_chans, num_classes, val_fraction, seed
         for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("num_classes", num_classes, 1)):
@@ -182,15 +183,14 @@ class ImageDataModule(L.LightningDataModule):
                 f"data.batch_size={self.batch_size} does not divide among {self.world} device(s) x {accumulation} accumulation step(s); "
                 f"try {' or '.join(map(str, fits))}"
             )
-        share = self.batch_size // ways
-        if self.mixes and share % 2:
-            raise UserError(
-                f"data.batch_size={self.batch_size} leaves {share} images a device; mixup and cutmix pair them and need an even number"
-            )
-        return share
+        return self.batch_size // ways
 
     def train_dataloader(self) -> DataLoader:
         assert self.parts is not None
+        if self.mixes and self.device_batch % 2:
+            raise UserError(
+                f"data.batch_size={self.batch_size} leaves {self.device_batch} images a device; mixup and cutmix pair them: an even number"
+            )
         size = len(self.parts.train.labels)
         total = size // self.batch_size * self.batch_size
         if not total:

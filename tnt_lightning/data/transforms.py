@@ -5,6 +5,7 @@ The steps are timm's and torchvision's own, in timm's order; a recipe chooses am
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,13 +61,14 @@ def eval_transform(size: tuple[int, int], *, crop_pct: float = 0.9, interpolatio
 def _with_safe_posterize(policy: RandAugment) -> RandAugment:
     """timm's policies can ask to keep 0 bits: black up to Pillow 12, a ValueError since Pillow 13 that ends a training run."""
 
-    def safe_posterize(image: Image.Image, bits_to_keep: int, **kwargs) -> Image.Image:
-        return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
     for op in policy.ops:
         if op.aug_fn is posterize:
             op.aug_fn = safe_posterize
     return policy
+
+
+def safe_posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+    return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 class BatchTransform:
