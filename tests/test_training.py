@@ -331,3 +331,14 @@ def test_the_training_loss_is_smoothed():
     torch.nn.init.normal_(classifier.backbone[3].weight, std=3)
     fit(classifier, Watch(), epochs=1)
     assert all(logged == pytest.approx(want, rel=1e-4) for logged, want in losses)
+
+
+def test_every_step_draws_anew():
+    shares = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, *_):
+            shares.append(round(batch[1].max(1).values.min().item(), 4))
+
+    fit(Classifier(any_backbone(), num_classes=10, optimizer=ADAMW, warmup_epochs=0), Watch(), epochs=1, augmentation=dict(mixup=0.8))
+    assert len(shares) == 19 and len(set(shares)) > 15
