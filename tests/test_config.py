@@ -214,6 +214,7 @@ def test_a_value_out_of_range_is_refused(override, message):
         (["optimizer.lrr=1"], "optimizer.lrr=1: no such key; did you mean optimizer.lr"),
         (["model=tnt_xl"], "model=tnt_xl not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"),
         (["data=cifar"], "data=cifar not found; available: digits, imagenet"),
+        (["data.root=~/images"], "data.root=~/images: Hydra does not read such a value bare; quote it: data.root=\"'~/images'\""),
         (["recipe.lr=0.001"], "recipe.lr is a rate for each optimizer; set optimizer.lr"),
     ],
 )

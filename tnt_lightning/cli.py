@@ -88,6 +88,8 @@ def answer(error: Exception, overrides: list[str] | None = None) -> str:
         return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
     if match := re.search(r"Interpolation key 'grid\.(\w+)' not found", text):
         return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have one: {', '.join(models_with(match[1]))}"
+    if match := re.search(r"LexerNoViableAltException: ([^=]+)=(.*)", text):
+        return f"{match[1]}={match[2]}: Hydra does not read such a value bare; quote it: {match[1]}=\"'{match[2]}'\""
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
     return " ".join(text.split("\n")[0].split())
