@@ -215,6 +215,12 @@ def test_a_value_out_of_range_is_refused(override, message):
         (["model=tnt_xl"], "model=tnt_xl not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"),
         (["data=cifar"], "data=cifar not found; available: digits, imagenet"),
         (["data.root=~/images"], "data.root=~/images: Hydra does not read such a value bare; quote it: data.root=\"'~/images'\""),
+        (["data.root=/a=b"], "data.root=/a=b: Hydra does not read such a value bare; quote it: data.root=\"'/a=b'\""),
+        (["inner_heads"], "inner_heads: not of the form KEY=VALUE"),
+        (
+            ["inner_heads=1,2"],
+            "inner_heads=1,2: several values are a sweep; start it with -m first: python -m tnt_lightning.train -m inner_heads=1,2",
+        ),
         (["recipe.lr=0.001"], "recipe.lr is a rate for each optimizer; set optimizer.lr"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -88,8 +88,12 @@ def answer(error: Exception, overrides: list[str] | None = None) -> str:
         return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
     if match := re.search(r"Interpolation key 'grid\.(\w+)' not found", text):
         return f"ablation={match[1]}: this model has no grid for {match[1]}; models that have one: {', '.join(models_with(match[1]))}"
-    if match := re.search(r"LexerNoViableAltException: ([^=]+)=(.*)", text):
-        return f"{match[1]}={match[2]}: Hydra does not read such a value bare; quote it: {match[1]}=\"'{match[2]}'\""
+    if isinstance(error, OverrideParseException):
+        key, equals, value = error.override.partition("=")
+        quoted = f"Hydra does not read such a value bare; quote it: {key}=\"'{value}'\""
+        return f"{error.override}: {quoted if equals else 'not of the form KEY=VALUE'}"
+    if match := re.search(r"Ambiguous value for argument '(.+)'", text):
+        return f"{match[1]}: several values are a sweep; start it with -m first: python -m tnt_lightning.train -m {match[1]}"
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
     return " ".join(text.split("\n")[0].split())

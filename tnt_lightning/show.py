@@ -25,7 +25,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", advice)
 
 
-def opening(config: dict[str, Any], trainer: L.Trainer, data: ImageDataModule, run: Path) -> None:
+def opening(trainer: L.Trainer, data: ImageDataModule, run: Path) -> None:
     """Where the run lies, and how the global batch is shared out."""
     assert data.parts is not None
     sizes = ", ".join(f"{name} {len(part.labels):,}" for name, part in data.parts._asdict().items() if part is not None)

@@ -76,7 +76,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     data.train_dataloader()  # what does not fit is said here, before anything is written
     if trainer.is_global_zero:
         runs.start(run, config)
-        show.opening(config, trainer, data, run)
+        show.opening(trainer, data, run)
     trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
 
     trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json

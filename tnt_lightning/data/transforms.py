@@ -99,7 +99,8 @@ class BatchTransform:
         self.mix = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=num_classes) if mixup or cutmix else None
 
     def __call__(self, images: Tensor, labels: Tensor, *, training: bool) -> tuple[Tensor, Tensor]:
-        images = (images.float() - self.mean.to(images.device)) / self.std.to(images.device)
+        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)  # once: afterwards they are there
+        images = (images.float() - self.mean) / self.std
         if not training:
             return images, labels
         if self.degrees or self.shift or self.zoom:
