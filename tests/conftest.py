@@ -26,7 +26,7 @@ def compose(*overrides: str, with_hydra: bool = False):
 
 def resolved(*overrides: str) -> dict:
     config = compose(*overrides)
-    return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key != "grid"}
+    return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key not in ("grid", "released")}
 
 
 def train(run: Path, *overrides: str) -> dict:
@@ -40,6 +40,16 @@ def command(name: str, *arguments: str, cwd: Path, timeout: int = 240) -> subpro
     env = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
     line = [sys.executable, "-m", f"tnt_lightning.{name}", *arguments]
     return subprocess.run(line, cwd=cwd, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--network", action="store_true", help="also run the tests that download (released weights)")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "network" in item.keywords and not config.getoption("--network"):
+            item.add_marker(pytest.mark.skip(reason="downloads; pytest --network runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """From a resolved configuration, plain data, to the objects of a run."""
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import tnt_lightning.data
 from tnt_lightning.classifier import Classifier
 from tnt_lightning.data import ImageDataModule
-from tnt_lightning.errors import UserError
+from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.models import build_model
 
 Config = dict[str, Any]
@@ -27,10 +29,9 @@ def build_data(config: Config) -> ImageDataModule:
     known = [name for name in tnt_lightning.data.__all__ if name != "ImageDataModule"]
     if module != "tnt_lightning.data" or name not in known:
         raise UserError(f"data._target_={target!r} is not built from a config; known: tnt_lightning.data.{{{', '.join(known)}}}")
-    try:
-        return getattr(tnt_lightning.data, name)(**arguments)
-    except (TypeError, AssertionError, KeyError) as error:
-        raise UserError(f"data: {' '.join(str(error).split()) or 'an augmentation of the recipe is not known'}") from None
+    kind = getattr(tnt_lightning.data, name)
+    _refuse_unknown("data", arguments, *(cls.__init__ for cls in kind.__mro__ if issubclass(cls, ImageDataModule)))
+    return kind(**arguments)
 
 
 def build_classifier(config: Config) -> Classifier:
@@ -58,22 +59,32 @@ def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Ca
             f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
             "try bf16-mixed, or recipe.ema_decay=null"
         )
+    _refuse_unknown("trainer", arguments, L.Trainer.__init__)
     name = config["logger"]["name"]
     if name not in ("csv", "none"):
         raise UserError(f"logger.name={name!r} is not known; available: csv, none")
     logger = CSVLogger(run, name="", version="") if run is not None and name == "csv" else False
+    ours: dict[str, Any] = dict(
+        logger=logger,
+        callbacks=callbacks,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        use_distributed_sampler=False,  # the data module splits images among ranks itself
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    if both := sorted(arguments.keys() & ours.keys()):
+        raise UserError(f"trainer.{both[0]}={arguments[both[0]]}: set by the framework itself; leave it out")
     try:
-        return L.Trainer(
-            **arguments,
-            logger=logger,
-            callbacks=callbacks,
-            enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
-            use_distributed_sampler=False,  # the data module splits images among ranks itself
-            num_sanity_val_steps=0,
-            enable_model_summary=False,
-        )
+        return L.Trainer(**arguments, **ours)
     except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+
+
+def _refuse_unknown(section: str, arguments: Mapping[str, Any], *readers: Any) -> None:
+    known = {name for reader in readers for name in inspect.signature(reader).parameters} - {"self", "args", "kwargs"}
+    for name, value in arguments.items():
+        if name not in known:
+            raise UserError(f"{section}.{name}={value}: no such key{did_you_mean(name, known, 'there are ' + ', '.join(sorted(known)))}")
 
 
 def _precision(accelerator: str) -> str:

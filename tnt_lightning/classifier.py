@@ -1,5 +1,6 @@
 """The LightningModule: trains any backbone that maps images to logits. It sees no knob of any model."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from tnt_lightning.errors import UserError
+from tnt_lightning.errors import UserError, did_you_mean
 
 
 class Classifier(L.LightningModule):
@@ -81,6 +82,9 @@ class Classifier(L.LightningModule):
         try:
             return create_optimizer_v2(self.backbone, **arguments)
         except (TypeError, ValueError) as error:
+            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+                near = did_you_mean(unknown[1], arguments.keys() - {unknown[1]}, f"{arguments['opt']} does not take it")
+                raise UserError(f"optimizer.{unknown[1]}={arguments[unknown[1]]}: no such key{near}") from None
             raise UserError(f"optimizer={self.optimizer}: {error}") from None
 
     def configure_optimizers(self):

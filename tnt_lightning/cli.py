@@ -3,7 +3,6 @@
 Anything else that goes wrong is a bug and keeps its traceback and exit code 1; HYDRA_FULL_ERROR=1 shows it for mistakes too.
 """
 
-import difflib
 import functools
 import logging
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
@@ -21,39 +21,52 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning import CONF
-from tnt_lightning.config import KNOBS, models_with
-from tnt_lightning.errors import UserError
+from tnt_lightning.config import KNOBS, keys_of, models_with
+from tnt_lightning.errors import UserError, did_you_mean
 
 _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
 
 
-def command(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """A command of the package: `task` gets the configuration that conf/ and the command line compose."""
+def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose."""
 
-    @functools.wraps(task)
-    def job(config: DictConfig) -> Any:
-        try:
-            return task(config)
-        except (UserError, OmegaConfBaseException) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
-                logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, answer(error))
-                raise
-            if _with_tracebacks():
-                raise
-            fail(answer(error))
+    def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(task)
+        def job(config: DictConfig) -> Any:
+            try:
+                _resolve(config)
+                return task(config)
+            except UserError as error:
+                if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
+                    logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, error)
+                    raise
+                if _with_tracebacks():
+                    raise
+                fail(str(error))
 
-    def main() -> None:
-        _refuse_to_write_over_a_run()
-        if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
-            os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
-        try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            if _with_tracebacks():
-                raise
-            fail(answer(error))
+        @functools.wraps(task)
+        def main() -> None:
+            _refuse_to_write_over_a_run()
+            if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
+                os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            except (UserError, HydraException, OmegaConfBaseException) as error:
+                if _with_tracebacks():
+                    raise
+                fail(answer(error))
 
-    return main
+        return main
+
+    return decorate
+
+
+def _resolve(config: DictConfig) -> None:
+    """Before the task, in which an error of OmegaConf would be a bug."""
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise UserError(answer(error)) from error
 
 
 def _refuse_to_write_over_a_run() -> None:
@@ -108,25 +121,17 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         )
     if key.startswith("trainer.") and not given.startswith("+"):
         return f"{given}: not among the arguments that conf/trainer/ names; +{given} hands it to lightning.Trainer"
-    near = difflib.get_close_matches(key, _known_keys([arg for arg in overrides if arg != given]), n=3, cutoff=0.6)
-    return f"{given}: no such key{'; did you mean ' + ' or '.join(near) + '?' if near else '; --cfg job shows them all'}"
+    known = _known_keys([arg for arg in overrides if arg != given])
+    return f"{given}: no such key{did_you_mean(key, known, '--cfg job shows them all')}"
 
 
 def _known_keys(overrides: list[str]) -> list[str]:
-    """Every dotted key of the configuration that the other overrides compose; none where they do not compose either."""
-    from hydra.core.global_hydra import GlobalHydra
-
+    """Every dotted key of the configuration that the other overrides compose, and every group; none where they do not compose either."""
     GlobalHydra.instance().clear()
+    place = next((sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("--config-dir", "-cd")), None)
+    path = [f"hydra.searchpath=[file://{Path(place).resolve()}]"] if place else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose("config", [arg for arg in overrides if not arg.startswith("hydra.")])
+            return list(keys_of(hydra.compose("config", [*path, *(arg for arg in overrides if not arg.startswith("hydra.run"))])))
     except (HydraException, OmegaConfBaseException):
         return []
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        if not OmegaConf.is_dict(node):
-            return []
-        keys = [(f"{prefix}{name}", name) for name in node]
-        return [full for full, _ in keys] + [deep for full, name in keys for deep in walk(node._get_node(name), f"{full}.")]
-
-    return walk(config, "")

@@ -6,34 +6,18 @@ them on to the model.
 
 import shlex
 import sys
-from math import inf
+from collections.abc import Iterator
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tnt_lightning import CONF
-from tnt_lightning.errors import UserError
+from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
-SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "grid")
+SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "grid", "released")
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
-RANGES = {
-    "seed": ("whole number", 0, 2**32 - 1),
-    "optimizer.lr": ("number", 0, inf),
-    "recipe.epochs": ("whole number", 1, inf),
-    "recipe.warmup_epochs": ("number", 0, inf),
-    "recipe.warmup_lr": ("number", 0, inf),
-    "recipe.min_lr": ("number", 0, inf),
-    "recipe.label_smoothing": ("number", 0, 1),
-    "recipe.ema_decay": ("number or null", 0, 1),
-    "recipe.clip_grad": ("number or null", 0, inf),
-    "recipe.threads": ("whole number or null", 1, inf),
-    "recipe.crop_pct": ("number", 0.01, 1),
-    "trainer.max_epochs": ("whole number", 1, inf),
-    "trainer.accumulate_grad_batches": ("whole number", 1, inf),
-}
 
 
 def models_with(knob: str) -> list[str]:
@@ -41,32 +25,59 @@ def models_with(knob: str) -> list[str]:
     return sorted(path.stem for path in (CONF / "model").glob("*.yaml") if knob in OmegaConf.load(path))
 
 
+def keys_of(config: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key, sections before what is in them."""
+    if isinstance(config, DictConfig):
+        for name in map(str, config):
+            yield f"{prefix}{name}"
+            yield from keys_of(config._get_node(name), f"{prefix}{name}.")
+
+
 def check(config: DictConfig, model: str) -> None:
-    """UserError for keys that nobody reads, and for knobs that do not reach the model. `model` is its name, for the message."""
-    for key in map(str, config):
-        if key not in KEYS:
-            raise UserError(f"{key}={config[key]}: no such key; the top-level keys are {', '.join(KEYS)}")
-    known = OmegaConf.load(CONF / "recipe" / "imagenet.yaml")
-    assert isinstance(known, DictConfig)
-    for key in map(str, config.recipe):
-        if key not in known:
-            raise UserError(f"recipe.{key}={config.recipe[key]}: no such key; a recipe has {', '.join(map(str, known))}")
-    for key, (kind, lowest, highest) in RANGES.items():
-        value = OmegaConf.select(config, key)
-        numbers = (int,) if kind.startswith("whole number") else (int, float)
-        if value is None and kind.endswith("or null"):
-            continue
-        if not isinstance(value, numbers) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise UserError(f"{key}={value!r} is not a {kind} from {lowest:g} to {highest:g}".replace(" to inf", " up"))
-    if config.recipe.interpolation not in INTERPOLATIONS:
-        raise UserError(f"recipe.interpolation={config.recipe.interpolation!r} is not one of {', '.join(INTERPOLATIONS)}")
+    """UserError for keys that nobody reads, values that are not what they must be, and knobs that do not reach the model.
+
+    model: its name, for the message
+    """
+    _refuse_unknown_keys(config)
+    for key, kind in KINDS.items():
+        missing = object()
+        value = OmegaConf.select(config, key, default=missing)
+        if value is not missing and not kind.fits(value):
+            raise UserError(f"{key}={text(value)} is not {kind.words}")
     for knob in KNOBS:
         if knob not in config:
             continue
         if knob not in config.model:
-            raise UserError(f"{knob}={config[knob]}: model={model} has no such knob; models that have it: {', '.join(models_with(knob))}")
+            raise UserError(
+                f"{knob}={text(config[knob])}: model={model} has no such knob; models that have it: {', '.join(models_with(knob))}"
+            )
         if config.model[knob] != config[knob]:
-            raise UserError(f"model.{knob}={config.model[knob]} is at odds with {knob}={config[knob]}; set {knob} alone, without `model.`")
+            raise UserError(
+                f"model.{knob}={text(config.model[knob])} is at odds with {knob}={text(config[knob])}; set {knob} alone, without `model.`"
+            )
+    sources = {"num_classes": "data.num_classes", "in_chans": "data.in_chans", "image_size": "image_size", "img_size": "image_size"}
+    for name, given in sources.items():
+        value = OmegaConf.select(config, given)
+        if name in config.model and config.model[name] != value:
+            raise UserError(f"model.{name}={text(config.model[name])} is at odds with {given}={text(value)}; set {given} alone")
+    if config.data.image_size != config.image_size:
+        sizes = f"data.image_size={text(config.data.image_size)} is at odds with image_size={text(config.image_size)}"
+        raise UserError(f"{sizes}; set image_size alone")
+
+
+def _refuse_unknown_keys(config: DictConfig) -> None:
+    """Of the sections that are read here; models, data sets, optimizers and the Trainer know their own arguments."""
+    recipe = OmegaConf.load(CONF / "recipe" / "imagenet.yaml")
+    assert isinstance(recipe, DictConfig)
+    readers = {"": KEYS, "recipe.": tuple(map(str, recipe)), "recipe.augmentation.": AUGMENTATIONS, "data.augmentation.": AUGMENTATIONS}
+    for section, known in readers.items():
+        node = OmegaConf.select(config, section.rstrip(".")) if section else config
+        for name in map(str, node) if isinstance(node, DictConfig) else ():
+            if name not in known:
+                key = [section + name, *keys_of(node[name], section + name + ".")][-1]
+                here = [section + other for other in known] if section else [k for k in keys_of(config) if k.split(".")[0] in KEYS]
+                cure = did_you_mean(key, here, f"there are {', '.join(known)}")
+                raise UserError(f"{key}={text(OmegaConf.select(config, key))}: no such key{cure}")
 
 
 def refuse_ablation_in_a_single_run(ablation: str | None) -> None:
@@ -94,14 +105,15 @@ def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
             raise UserError(f"{key}={value}: the run to continue had {plans[0].get(key)}; give the same, or start from its weights=")
 
 
+def text(value: Any) -> str:
+    """A value as the command line takes it: null, true, [1,6]."""
+    if isinstance(value, ListConfig):
+        return f"[{','.join(map(text, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def sweep_values(values: ListConfig) -> str:
     """[null, [1, 6]] -> "null,[1,6]": a grid as Hydra's sweeper reads it."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, ListConfig):
-            return f"[{','.join(map(text, value))}]"
-        return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
     return ",".join(map(text, values))
 
 

@@ -1,7 +1,19 @@
 """A user's mistake: said in one line that names the key or file, the bad value and the cure. Commands print it and exit with 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(ValueError):
     def __str__(self) -> str:
         # From a loader's worker torch raises it again with the worker's traceback as its message.
         return super().__str__().rsplit("UserError: ", 1)[-1].strip()
+
+
+def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
+    """`; did you mean optimizer.lr?`, or `; otherwise` where no known key is near: of the same section, or of the same depth."""
+    section, _, name = key.rpartition(".")
+    keys = [other for other in known if other.count(".") == key.count(".")]
+    siblings = {other.rpartition(".")[2]: other for other in keys if other.rpartition(".")[0] == section}
+    near = difflib.get_close_matches(name, siblings, cutoff=0.6) if siblings else difflib.get_close_matches(key, keys, cutoff=0.6)
+    return f"; did you mean {' or '.join(siblings.get(other, other) for other in near)}?" if near else f"; {otherwise}"

@@ -1,13 +1,14 @@
-"""`python -m tnt_lightning.evaluate run=DIR`: the figures of a finished run, measured again.
+"""`python -m tnt_lightning.evaluate run=DIR`, or `model=... weights=... data=...`: top-1, top-5 and loss of what is trained already."""
 
-run=DIR|FILE.ckpt     a run directory (the checkpoint that its result is of), or one of its checkpoints
-KEY=VALUE ...         changes to the run's own configuration, such as data.root=... data.batch_size=... trainer.devices=1
-"""
-
-import sys
 from typing import TYPE_CHECKING, Any
 
-from tnt_lightning.cli import fail
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tnt_lightning.cli import command
+from tnt_lightning.config import check
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,58 +17,54 @@ if TYPE_CHECKING:
     from tnt_lightning.classifier import Classifier
     from tnt_lightning.data import ImageDataModule
 
-
-def main() -> None:
-    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
-        raise SystemExit(0 if sys.argv[1:] else 2)
-    try:
-        evaluate_run(sys.argv[1:])
-    except UserError as error:
-        fail(str(error))
+Figures = dict[str, float]
 
 
-def evaluate_run(arguments: list[str]) -> dict[str, float]:
-    """Measure the run that `run=...` among the arguments names; prints the figures beside the recorded ones and gives them."""
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from rich.console import Console
-    from rich.table import Table
+@command("evaluate")
+def main(config: DictConfig) -> None:
+    hydra = HydraConfig.get()
+    given = list(hydra.overrides.task)
+    plain: Any = OmegaConf.to_container(config)
+    if plain.pop("run") is not None:
+        evaluate_run(config.run, [override for override in given if not override.startswith("run=")])
+        return
+    if config.weights is None:
+        raise UserError("nothing to measure; name a run, run=outputs/..., or weights for a model: model=tnt_s weights=released data=...")
+    check(OmegaConf.masked_copy(config, list(plain)), hydra.runtime.choices["model"])
+    kept = {override.partition("=")[0].lstrip("+").split(".")[-1] for override in given if override.startswith(("data.", "recipe."))}
+    evaluate_weights(plain, kept)
 
-    from tnt_lightning import runs, show
-    from tnt_lightning.build import build_classifier, build_data, build_trainer
 
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    path = given.pop("run", None)
-    if not path:
-        raise UserError("run is not given; name a run directory: run=outputs/...")
-    directory, file = runs.locate(path)
+def evaluate_run(run: str, overrides: list[str]) -> Figures:
+    """Measure a run (a directory, or a checkpoint in one) by its own config, in which overrides of data.* and trainer.* change values.
+
+    Prints the figures beside the recorded ones and gives them.
+    """
+    from tnt_lightning import runs
+    from tnt_lightning.build import build_classifier, build_data
+    from tnt_lightning.models.weights import load_weights
+
+    directory, file = runs.locate(run)
     config = OmegaConf.create(runs.config_of(directory))
     OmegaConf.set_struct(config, True)
-    for key, value in given.items():
-        if key.lstrip("+").split(".")[0] not in ("data", "trainer") or "." not in key:
-            raise UserError(f"{key}={value}: of a finished run only data.* and trainer.* can be changed")
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if key.split(".")[0] not in ("data", "trainer") or "." not in key or override.is_delete():
+            raise UserError(f"{override.input_line}: of a finished run only data.* and trainer.* can be changed")
         try:
-            OmegaConf.update(config, key.lstrip("+"), yaml.safe_load(value), force_add=key.startswith("+"))
-        except (OmegaConfBaseException, yaml.YAMLError):
-            raise UserError(f"{key}={value}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+            OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+        except OmegaConfBaseException:
+            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
     plain: Any = OmegaConf.to_container(config)
 
-    show.quiet()
     data, classifier = build_data(plain), build_classifier(plain)
-    runs.load_weights(classifier.backbone, file)
-    trainer = build_trainer(plain)
-    data.trainer = trainer
-    data.setup()
-    figures = evaluate(trainer, classifier, data)
+    load_weights(classifier.backbone, file, exact=True)
+    recorded = runs.result_of(directory)
+    prefix = "" if file.stem == recorded.get("checkpoint") else f"{file.stem}/"  # best/ beside the result of the last
+    figures, trainer = _measure(plain, classifier, data)
     if trainer.is_global_zero:
-        recorded = runs.result_of(directory)
-        prefix = "" if file.stem == recorded.get("checkpoint") else f"{file.stem}/"  # best/ beside the result of the last
-        table = Table("figure", "now", "recorded", title=str(file))
-        for name, figure in figures.items():
-            table.add_row(name, f"{figure:g}", f"{recorded[prefix + name]:g}" if prefix + name in recorded else "")
-        Console().print(table)
+        print(f"weights {file}")
+        _table(figures, "recorded", {name: recorded[prefix + name] for name in figures if prefix + name in recorded})
         here = {"device": runs.origin()["device"], "devices": trainer.world_size, "precision": trainer.precision}
         for name, now in here.items():
             if recorded.get(name, now) != now:
@@ -75,10 +72,61 @@ def evaluate_run(arguments: list[str]) -> dict[str, float]:
     return figures
 
 
-def evaluate(trainer: "L.Trainer", classifier: "Classifier", data: "ImageDataModule") -> dict[str, float]:
+def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
+    """Measure config["weights"] in the model and on the data of a resolved config, with the normalisation, crop and interpolation that
+    the weights go with; `kept` names those (mean, std, crop_pct, interpolation) that stay as configured.
+
+    Prints the figures, beside the published top-1 where there is one, and gives them.
+    """
+    from tnt_lightning import show
+    from tnt_lightning.build import build_classifier, build_data
+    from tnt_lightning.data import ImageNet
+    from tnt_lightning.models.weights import load_weights
+
+    classifier = build_classifier(config)
+    loaded = load_weights(classifier.backbone, config["weights"])
+    if loaded.new_head:
+        raise UserError(f"{loaded.name}: {loaded.changes[-1]}; fine-tune the weights first, or choose the data that they were trained for")
+    config = {**config, "data": config["data"] | {name: value for name, value in loaded.preprocessing.items() if name not in kept}}
+    data = build_data(config)
+    figures, trainer = _measure(config, classifier, data)
+    if trainer.is_global_zero:
+        show.start_from(loaded)
+        print("pixels " + ", ".join(f"{name} {config['data'][name]}" for name in loaded.preprocessing))
+        if loaded.published and isinstance(data, ImageNet):
+            top1, model = loaded.published
+            _table(figures, f"published ({model})", {"val/top1": top1})
+        else:
+            _table(figures)
+    return figures
+
+
+def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataModule") -> tuple[Figures, "L.Trainer"]:
+    from tnt_lightning import show
+    from tnt_lightning.build import build_trainer
+
+    show.quiet()
+    trainer = build_trainer(config)
+    data.trainer = trainer
+    data.setup()
+    return evaluate(trainer, classifier, data), trainer
+
+
+def _table(figures: Figures, beside: str | None = None, others: Figures | None = None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("figure", "now", *([beside] if beside else []))
+    for name, figure in figures.items():
+        other = (others or {}).get(name)
+        table.add_row(name, f"{figure:g}", *([f"{other:g}" if other is not None else ""] if beside else []))
+    Console().print(table)
+
+
+def evaluate(trainer: "L.Trainer", classifier: "Classifier", data: "ImageDataModule") -> Figures:
     """val/ and test/ loss, top1 and top5 (percent) of the weights that the classifier holds, for the parts that the data has."""
     assert data.parts is not None
-    figures: dict[str, float] = {}
+    figures: Figures = {}
     for part, measure in (("val", trainer.validate), ("test", trainer.test)):
         if getattr(data.parts, part) is not None:
             measure(classifier, datamodule=data, verbose=False)

@@ -1,6 +1,6 @@
 """A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log.
 
-Only tensors and plain data are stored, and only those are ever loaded.
+What is stored is tensors and plain data.
 """
 
 import json
@@ -9,29 +9,14 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import yaml
-from torch import nn
 
 from tnt_lightning.errors import UserError
-from tnt_lightning.models import build_model
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow")
-
-
-def load(path: str | Path, checkpoint: str | None = None) -> nn.Module:
-    """The backbone of a run, in evaluation mode, rebuilt from its own config, with the averaged weights of a checkpoint.
-
-    path: a run directory, or a checkpoint in one; checkpoint: "best", "last", or None for the one that the result is of.
-    UserError for what is missing, or not a run.
-    """
-    run, file = locate(path, checkpoint)
-    backbone = build_model(**config_of(run)["model"])
-    load_weights(backbone, file)
-    return backbone.eval()
 
 
 def start(run: Path, config: dict[str, Any]) -> None:
@@ -83,31 +68,6 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
         found = sorted(other.stem for other in file.parent.glob("*.ckpt"))
         raise UserError(f"{path} has no checkpoint {name!r}; it has {', '.join(found) or 'none'}")
     return path, file
-
-
-def load_weights(backbone: nn.Module, file: Path) -> int:
-    """The averaged weights of one of our checkpoints into its backbone; gives how many epochs they were trained.
-
-    UserError for another network's, listing the keys.
-    """
-    prefix = "backbone."
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        state, epochs = checkpoint["state_dict"], int(checkpoint["epoch"]) + 1
-    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a checkpoint of tnt_lightning, or a damaged one ({_first_line(error)})") from None
-    state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    wanted = backbone.state_dict()
-    odd = {
-        "missing": sorted(wanted.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - wanted.keys()),
-        "of another shape": sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape),
-    }
-    if any(odd.values()):
-        lists = "; ".join(f"{what}: {', '.join(names)}" for what, names in odd.items() if names)
-        raise UserError(f"{file}: weights of another network ({lists})")
-    backbone.load_state_dict(state)
-    return epochs
 
 
 def origin() -> dict[str, Any]:

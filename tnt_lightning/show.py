@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tnt_lightning.data import ImageDataModule
+from tnt_lightning.data.module import per_channel
+from tnt_lightning.models.weights import Weights
 
 
 def quiet() -> None:
@@ -25,8 +27,8 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", advice)
 
 
-def opening(trainer: L.Trainer, data: ImageDataModule, run: Path) -> None:
-    """Where the run lies, and how the global batch is shared out."""
+def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weights | None) -> None:
+    """Where the run lies, how the global batch is shared out, and what was done to the weights that it starts from."""
     assert data.parts is not None
     sizes = ", ".join(f"{name} {len(part.labels):,}" for name, part in data.parts._asdict().items() if part is not None)
     print(f"run    {run}")
@@ -35,6 +37,17 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path) -> None:
         f"batch  {data.batch_size} = {data.device_batch} a device x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
         f"accumulation step(s), {trainer.precision}, {trainer.max_epochs} epochs"
     )
+    if loaded is not None:
+        start_from(loaded)
+        theirs = {name: loaded.preprocessing[name] for name in ("mean", "std")}
+        if any(per_channel(name, value, data.in_chans) != getattr(data, name) for name, value in theirs.items()):
+            print(f"note   they were trained with other pixels: recipe.mean={theirs['mean']} recipe.std={theirs['std']}")
+
+
+def start_from(loaded: Weights) -> None:
+    print(f"weights {loaded.name}")
+    for change in loaded.changes:
+        print(f"       {change}")
 
 
 def closing(result: dict[str, Any], run: Path) -> None:

@@ -13,13 +13,14 @@ from tnt_lightning.config import check, refuse_ablation_in_a_single_run, refuse_
 from tnt_lightning.errors import UserError
 
 
-@command
+@command()
 def main(config: DictConfig) -> float | None:
     """Trains; gives the validation top-1 (percent), which Hydra's sweepers read."""
     hydra = HydraConfig.get()
     check(config, hydra.runtime.choices["model"])
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    plain.pop("grid", None)
+    plain: Any = OmegaConf.to_container(config)
+    for key in ("grid", "released"):  # facts about the model, not choices of this run
+        plain.pop(key, None)
     if hydra.mode == RunMode.MULTIRUN:
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
@@ -44,6 +45,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     from tnt_lightning.callbacks import EMA, Best, Last, Throughput
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
+    from tnt_lightning.models.weights import load_weights
 
     began = time.perf_counter()
     recipe = config["recipe"]
@@ -53,12 +55,12 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     classifier = build_classifier(config)
     data = build_data(config)
     parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, data.input_size)
-    if config["weights"]:
-        runs.load_weights(classifier.backbone, runs.locate(config["weights"])[1])
+    loaded = load_weights(classifier.backbone, config["weights"]) if config["weights"] else None
     resume = None
     if config["resume"]:
         continued, resume = runs.locate(config["resume"], "last")
-        if (done := runs.load_weights(classifier.backbone, resume)) >= config["trainer"]["max_epochs"]:
+        done = load_weights(classifier.backbone, resume, exact=True).epochs or 0
+        if done >= config["trainer"]["max_epochs"]:
             raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
         refuse_to_continue(runs.config_of(continued), config)
 
@@ -76,13 +78,13 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     data.train_dataloader()  # what does not fit is said here, before anything is written
     if trainer.is_global_zero:
         runs.start(run, config)
-        show.opening(trainer, data, run)
+        show.opening(trainer, data, run, loaded)
     trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
 
     trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json
 
     def figures(checkpoint: str) -> dict[str, float]:
-        runs.load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint))
+        load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint), exact=True)
         return evaluate(trainer, classifier, data)
 
     # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.

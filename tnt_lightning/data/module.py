@@ -136,14 +136,14 @@ class ImageDataModule(L.LightningDataModule):
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(f"image_size={image_size!r} is neither a whole number of pixels nor (height, width)")
         self.input_size = (in_chans, *size)
-        mean, std = (_per_channel(name, x, in_chans) for name, x in (("mean", mean), ("std", std)))
+        self.mean, self.std = (per_channel(name, x, in_chans) for name, x in (("mean", mean), ("std", std)))
         per_image = dict(augmentation or {})
         self.repeats = per_image.pop("repeats", 1)
         per_batch = {name: per_image.pop(name) for name in ("degrees", "shift", "zoom", "erase", "mixup", "cutmix") if name in per_image}
         self.mixes = bool(per_batch.get("mixup") or per_batch.get("cutmix"))
-        self.train_transform = train_transform(size, mean=mean, interpolation=interpolation, **per_image)
+        self.train_transform = train_transform(size, mean=self.mean, interpolation=interpolation, **per_image)
         self.eval_transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
-        self.batch_transform = BatchTransform(num_classes=num_classes, mean=mean, std=std, **per_batch)
+        self.batch_transform = BatchTransform(num_classes=num_classes, mean=self.mean, std=self.std, **per_batch)
         self.parts: Splits | None = None
 
     def splits(self) -> Splits:
@@ -263,7 +263,7 @@ def carve(split: Labelled, fraction: float, seed: int) -> tuple[Part, Part]:
     return Part(split, sorted(kept)), Part(split, sorted(carved))
 
 
-def _per_channel(name: str, value: float | Sequence[float], in_chans: int) -> list[float]:
+def per_channel(name: str, value: float | Sequence[float], in_chans: int) -> list[float]:
     values = [value] * in_chans if isinstance(value, (int, float)) else list(value)
     if len(values) != in_chans:
         raise UserError(

@@ -18,6 +18,8 @@ from timm.data.transforms_factory import transforms_imagenet_eval
 from torch import Tensor
 from torchvision import transforms
 
+from tnt_lightning.errors import UserError
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -47,7 +49,13 @@ def train_transform(
     if rand_augment:
         grey = tuple(min(255, round(255 * x)) for x in mean)
         hparams = dict(translate_const=int(min(size) * 0.45), img_mean=grey, interpolation=str_to_pil_interp(interpolation))
-        steps.append(_with_safe_posterize(rand_augment_transform(rand_augment, hparams)))
+        try:
+            policy = rand_augment_transform(rand_augment, hparams)
+        except (AssertionError, KeyError, ValueError):
+            raise UserError(
+                f"recipe.augmentation.rand_augment={rand_augment}: no policy of timm's; the paper's is rand-m9-mstd0.5-inc1"
+            ) from None
+        steps.append(_with_safe_posterize(policy))
     elif color_jitter:
         steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
     return transforms.Compose([*steps, transforms.PILToTensor()])

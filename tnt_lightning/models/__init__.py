@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from tnt_lightning import CONF
-from tnt_lightning.errors import UserError
+from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.models.tnt import TNT, Explanation
 
 __all__ = ["TNT", "Explanation", "build_model", "create_model"]
@@ -20,18 +20,19 @@ def build_model(*, _target_: str, **knobs: Any) -> nn.Module:
     if _target_ == "tnt_lightning.models.TNT":
         known = TNT.__init__.__kwdefaults__ or {}
         if unknown := sorted(set(knobs) - set(known)):
-            raise UserError(f"TNT has no knob {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+            near = did_you_mean(unknown[0], known, f"TNT has {', '.join(sorted(known))}")
+            raise UserError(f"model.{unknown[0]}={knobs[unknown[0]]}: no such knob{near}")
         return TNT(**knobs)
     if _target_ == "timm.create_model":
         import timm
 
         name = knobs.pop("model_name")
-        if not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
+        if not isinstance(name, str) or not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
             raise UserError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
         try:
             return timm.create_model(name, pretrained=False, **knobs)
-        except TypeError as error:
-            raise UserError(f"model.model_name={name}: {error}") from None
+        except Exception as error:  # timm's code, on the user's values
+            raise UserError(f"model.model_name={name}: {' '.join(str(error).split())}") from error
     raise UserError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
 
 

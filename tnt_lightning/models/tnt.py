@@ -8,7 +8,7 @@ The architecture is that of the official code, where it and the paper's text dif
 """
 
 from collections.abc import Sequence
-from math import isqrt
+from math import inf, isqrt
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -254,8 +254,8 @@ class TNT(nn.Module):
         knobs.check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
         knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
         knobs.check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        if not isinstance(mlp_ratio, (int, float)) or not int(min(inner_dim, outer_dim) * mlp_ratio) >= 1:
-            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit; the paper's is 4")
+        if not isinstance(mlp_ratio, (int, float)) or isinstance(mlp_ratio, bool) or not 1 <= min(inner_dim, outer_dim) * mlp_ratio < inf:
+            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit, or infinitely many; the paper's is 4")
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
             if not isinstance(value, bool):
                 raise UserError(f"{name}={value!r} is neither true nor false")

@@ -1,0 +1,338 @@
+"""Weights into a backbone: from our runs, the official release, timm's files and the Hugging Face hub.
+
+Only safetensors, and torch files that hold tensors and plain data, are read: nothing that a file brings along is executed.
+"""
+
+import argparse
+import re
+import sys
+from collections import Counter
+from math import isqrt
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from timm.models import clean_state_dict, load_model_config_from_hf, load_state_dict_from_hf
+from torch import Tensor, nn
+
+from tnt_lightning import CONF, runs
+from tnt_lightning.errors import UserError
+from tnt_lightning.models import build_model, create_model, model_names
+from tnt_lightning.models.tnt import TNT, PlainBlock, TNTBlock
+
+HUB = "hf-hub:"
+PREPROCESSING = ("mean", "std", "crop_pct", "interpolation")
+
+# Names of the official code (https://github.com/huawei-noah/Efficient-AI-Backbones, tnt_pytorch) and of timm -> ours.
+RENAMES = {
+    r"^(outer_pos|patch_pos)$": "sentence_position",
+    r"^(inner_pos|pixel_pos)$": "word_position",
+    r"^(patch_embed|pixel_embed)\.": "word_embed.",
+    r"(^|\.)(?:proj_norm([12])|norm([12])_proj)\.": r"\1fold.norm\2\3.",
+    r"^(blocks\.\d+\.)?proj\.": r"\1fold.proj.",
+    r"\.(inner_norm1|norm_in)\.": ".inner.norm1.",
+    r"\.(inner_attn|attn_in)\.": ".inner.attn.",
+    r"\.(inner_norm2|norm_mlp_in)\.": ".inner.norm2.",
+    r"\.(inner_mlp|mlp_in)\.": ".inner.mlp.",
+    r"\.(outer_norm1|norm_out)\.": ".outer.norm1.",
+    r"\.(outer_attn|attn_out)\.": ".outer.attn.",
+    r"\.(outer_norm2|norm_mlp)\.": ".outer.norm2.",
+    r"^(blocks\.\d+)\.(outer_mlp|mlp)\.": r"\1.outer.mlp.",
+    r"\.se_layer\.fc\.0\.": ".outer.se.norm.",
+    r"\.se_layer\.fc\.1\.": ".outer.se.reduce.",
+    r"\.se_layer\.fc\.3\.": ".outer.se.expand.",
+}
+
+
+class Weights(NamedTuple):
+    """What `load_weights` loaded.
+
+    name: where from; changes: what was adapted to the model, a line each; new_head: the classes differ, so the model kept its own head
+    preprocessing: the mean, std, crop_pct and interpolation that they go with
+    published: (top-1 on ImageNet-1k in percent, of which model) where this network's weights are published, None for our own runs
+    epochs: how many they were trained; of our own runs
+    """
+
+    name: str
+    changes: list[str]
+    new_head: bool
+    preprocessing: dict[str, Any]
+    published: tuple[float, str] | None
+    epochs: int | None
+
+
+def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -> Weights:
+    """Load `source` into a backbone. Position encodings are resized to the model's image size, and where the number of classes
+    differs the model keeps its own head; `changes` says so. exact=True refuses both.
+
+    source: a run directory (the checkpoint of its result) or a checkpoint of ours; a safetensors or torch file with the names of
+    ours, of timm or of the official release; "hf-hub:timm/tnt_s_patch16_224.in1k"; "released" for what timm publishes of this network
+
+    UserError for a URL, a file that is missing, damaged or holds more than tensors and plain data, weights of another network (listing
+    the parameters), and timm's `legacy` TNT, which is another network.
+    """
+    found = _read(model, str(source))
+    for knob, value in _unseen_knobs(model).items():
+        if found.knobs.get(knob, value) != value:
+            raise UserError(f"{found.name}: weights of another network ({knob}={found.knobs[knob]}, the model has {value})")
+    state, changes = _resized(model, _renamed(model, found), found)
+    head = _own_head(model, state)
+    if exact and (changes or head):
+        raise UserError(f"{found.name}: weights of another network ({'; '.join(changes + head)})")
+    _refuse_another_network(found.name, state, model.state_dict())
+    model.load_state_dict(state)
+    return Weights(found.name, changes + head, bool(head), found.preprocessing, found.published, found.epochs)
+
+
+def load_run(path: str | Path, checkpoint: str | None = None) -> nn.Module:
+    """The backbone of a run, in evaluation mode, rebuilt from its own config, with the averaged weights of a checkpoint.
+
+    path: a run directory, or a checkpoint in one; checkpoint: "best", "last", or None for the one that the result is of.
+    UserError for what is missing, or not a run.
+    """
+    run, file = runs.locate(path, checkpoint)
+    backbone = build_model(**runs.config_of(run)["model"])
+    load_weights(backbone, file, exact=True)
+    return backbone.eval()
+
+
+# ---- reading
+
+
+class _Found(NamedTuple):
+    """A source: tensors by name, the knobs of their network as far as they are known, and what `Weights` passes on."""
+
+    name: str
+    state: dict[str, Tensor]
+    knobs: dict[str, Any]
+    preprocessing: dict[str, Any]
+    published: tuple[float, str] | None = None
+    epochs: int | None = None
+
+
+def _read(model: nn.Module, source: str) -> _Found:
+    if source == "released" or source.startswith(HUB):
+        return _from_hub(model, HUB + _released(model) if source == "released" else source)
+    if "://" in source:
+        raise UserError(f"{source}: a URL is not loaded from; download it and give the file, or {HUB}OWNER/NAME")
+    path = Path(source).expanduser().resolve()
+    if not path.exists():
+        raise UserError(f"{path}: no such run directory or file")
+    file = runs.locate(path)[1] if path.is_dir() else path
+    content = _open(file)
+    # The averaged weights first, as timm does.
+    wrapper = next((name for name in ("state_dict_ema", "model_ema", "state_dict", "model") if isinstance(content.get(name), dict)), None)
+    state = {name: tensor for name, tensor in (content[wrapper] if wrapper else content).items() if isinstance(tensor, Tensor)}
+    knobs, preprocessing, published, epochs = {}, _preprocessing(model), None, None
+    if "pytorch-lightning_version" in content:
+        state = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
+        epochs = int(content["epoch"]) + 1
+        if (file.parent.parent / "config.yaml").exists():
+            config = runs.config_of(file.parent.parent)
+            knobs, preprocessing = config["model"], {name: config["data"][name] for name in PREPROCESSING}
+    elif twin := _twin(model):
+        published = (_card(twin)["top1"], twin)
+    if not state:
+        raise UserError(f"{file}: holds no weights of a backbone")
+    return _Found(str(file), clean_state_dict(state), knobs, preprocessing, published, epochs)
+
+
+def _open(file: Path) -> dict[str, Any]:
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, which timm's and the official trainer add
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
+        raise UserError(f"{file}: not a file of tensors and plain data, or a damaged one ({_first_line(error)})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def _from_hub(model: nn.Module, source: str) -> _Found:
+    name = source.removeprefix(HUB)
+    _refuse_legacy(source, name)
+    try:
+        config, architecture, knobs = load_model_config_from_hf(name)
+        _refuse_legacy(source, architecture)
+        state = load_state_dict_from_hf(name, weights_only=True)
+    except (RepositoryNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: no such weights of a timm model on the Hugging Face hub ({_first_line(error)})") from None
+    except (OSError, RuntimeError, EntryNotFoundError, SafetensorError) as error:
+        raise UserError(
+            f"{source}: not fetched from the Hugging Face hub ({_first_line(error)}); where there is no connection, "
+            "download model.safetensors elsewhere and give weights=FILE.safetensors"
+        ) from None
+    preprocessing = _preprocessing(model) | _preprocessing(config)
+    for name_here in model_names():
+        if (card := _card(name_here)).get("hub") == name:
+            return _Found(source, state, _unseen_knobs(_empty(name_here)), preprocessing, (card["top1"], name_here))
+    return _Found(source, state, knobs or {}, preprocessing)
+
+
+def _preprocessing(model: nn.Module | dict[str, Any]) -> dict[str, Any]:
+    """Of timm's pretrained_cfg, which our networks carry too."""
+    config: Any = getattr(model, "pretrained_cfg", model)
+    return {name: list(config[name]) if isinstance(config[name], tuple) else config[name] for name in PREPROCESSING if name in config}
+
+
+# ---- what is released
+
+
+def _card(name: str) -> dict[str, Any]:
+    """`released` of conf/model/NAME.yaml: hub, timm's name of the weights there, and top1 on ImageNet-1k. Empty where there are none."""
+    card: Any = OmegaConf.select(OmegaConf.load(CONF / "model" / f"{name}.yaml"), "released")
+    return dict(card or {})
+
+
+def _empty(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name)
+
+
+def _twin(model: nn.Module) -> str | None:
+    """The model of conf/model/ with released weights that `model` is, whatever its image size and number of classes."""
+
+    def shapes(module: nn.Module) -> dict[str, Any]:
+        free = {_position(module), *_head_names(module)}
+        return {name: tensor.shape for name, tensor in module.state_dict().items() if name not in free} | _unseen_knobs(module)
+
+    return next((name for name in model_names() if _card(name) and shapes(_empty(name)) == shapes(model)), None)
+
+
+def _released(model: nn.Module) -> str:
+    if twin := _twin(model):
+        return _card(twin)["hub"]
+    names = ", ".join(name for name in model_names() if _card(name))
+    raise UserError(f"weights=released: timm publishes {names} with the knobs of conf/model/; this network is none of them")
+
+
+# ---- fitting
+
+
+def _renamed(model: nn.Module, found: _Found) -> dict[str, Tensor]:
+    if not isinstance(model, TNT):
+        return dict(found.state)
+    if any(re.fullmatch(r"blocks\.\d+\.proj\.bias", name) for name in found.state):
+        _refuse_legacy(found.name, "legacy")
+    state = {}
+    for name, tensor in found.state.items():
+        if name == "outer_tokens":  # frozen in the official code, and read by nothing
+            continue
+        if name == "pixel_pos":
+            tensor = tensor.flatten(2).transpose(1, 2)  # (1, c, sqrt(m), sqrt(m)) -> (1, m, c)
+        for theirs, ours in RENAMES.items():
+            name = re.sub(theirs, ours, name)
+        state[name] = tensor
+    return state
+
+
+def _refuse_legacy(source: str, name: str) -> None:
+    if "legacy" in name:
+        raise UserError(
+            f"{source}: timm's legacy TNT is another network (it convolves the whole image and normalises each word alone); "
+            f"the paper's are {HUB}timm/tnt_s_patch16_224.in1k and {HUB}timm/tnt_b_patch16_224.in1k"
+        )
+
+
+def _unseen_knobs(model: nn.Module) -> dict[str, int]:
+    """What makes another network of parameters of the same shapes."""
+    if not isinstance(model, TNT):
+        return {}
+    found = {"patch_size": model.patch_size}
+    for block in model.blocks:
+        if isinstance(block, TNTBlock):
+            found["inner_heads"] = block.inner.attn.num_heads
+        if isinstance(block, (TNTBlock, PlainBlock)):
+            found["outer_heads"] = block.outer.attn.num_heads
+    return found
+
+
+def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` with position encodings for the image size of the model, and a line where that changed them."""
+    name = _position(model)
+    before = state.get(name)
+    if isinstance(model, TNT):
+        if before is None or model.sentence_position is None or before.ndim != 3:
+            return state, []
+        old, new = _grid(found.knobs, before.shape[1] - 1, model.patch_size), model.grid_size
+        if old is None or old == new:
+            return state, []
+        resized = resample_abs_pos_embed(before, list(new), list(old), num_prefix_tokens=1)
+        return state | {name: resized}, [f"{name} resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} sentences"]
+    if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
+        # timm's own way to take up the names and sizes of its models' origins.
+        try:
+            state = convert(state, model)
+        except Exception as error:  # timm's code, on what may be of any network
+            raise UserError(f"{found.name}: weights of another network ({_first_line(error)})") from None
+    after = state.get(name)
+    if before is None or after is None or after is before:
+        return state, []
+    return state, [f"{name} resized from {before.shape[1]} to {after.shape[1]} tokens"]
+
+
+def _position(model: nn.Module) -> str:
+    return "sentence_position" if isinstance(model, TNT) else "pos_embed"  # timm's name
+
+
+def _grid(knobs: dict[str, Any], sentences: int, patch_size: int) -> tuple[int, int] | None:
+    """Sentences down and across; of a source that does not say, a square one."""
+    size = knobs.get("image_size")
+    if size is not None:
+        height, width = size if isinstance(size, list) else (size, size)
+        return height // patch_size, width // patch_size
+    side = isqrt(sentences)
+    return (side, side) if side * side == sentences else None
+
+
+def _head_names(model: nn.Module) -> list[str]:
+    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return [f"{head}.{part}" for head in ([heads] if isinstance(heads, str) else heads) for part in ("weight", "bias")]
+
+
+def _own_head(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """The model's own head into `state` where the number of classes differs, and a line that says so."""
+    own, lines = model.state_dict(), []
+    for name in _head_names(model):
+        if name not in state or (name in own and own[name].shape[0] == state[name].shape[0]):
+            continue
+        theirs = state.pop(name).shape[0]
+        if name in own:
+            state[name] = own[name]
+        if name.endswith("weight"):
+            lines.append(f"{name.removesuffix('.weight')} starts anew: {theirs} classes there, {len(own[name]) if name in own else 0} here")
+    return lines
+
+
+def _refuse_another_network(source: str, state: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    odd = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - wanted.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
+            for name in wanted.keys() & state.keys()
+            if wanted[name].shape != state[name].shape
+        ),
+    }
+    if any(odd.values()):
+        raise UserError(
+            f"{source}: weights of another network ({'; '.join(f'{what}: {_list(names)}' for what, names in odd.items() if names)})"
+        )
+
+
+def _list(names: list[str]) -> str:
+    """Of twelve blocks each name once: blocks.*.outer.se.norm.bias (x12)."""
+    counts = Counter(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+    return ", ".join(name if count == 1 else f"{name} (x{count})" for name, count in counts.items())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,111 @@
+"""What each key of a composed configuration may be. Models check their own knobs, and Lightning the rest of the Trainer's."""
+
+from collections.abc import Callable
+from math import inf
+from typing import Any, NamedTuple
+
+from omegaconf import DictConfig, ListConfig
+
+
+class Kind(NamedTuple):
+    words: str
+    fits: Callable[[Any], bool]
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(f"{self.words} or {other.words}", lambda value: self.fits(value) or other.fits(value))
+
+
+def number(lowest: float = -inf, highest: float = inf) -> Kind:
+    return _numeric((int, float), "a number", lowest, highest)
+
+
+def whole(lowest: float, highest: float = inf) -> Kind:
+    return _numeric((int,), "a whole number", lowest, highest)
+
+
+def _numeric(types: tuple[type, ...], words: str, lowest: float, highest: float) -> Kind:
+    def fits(value: Any) -> bool:
+        return isinstance(value, types) and not isinstance(value, bool) and abs(value) != inf and lowest <= value <= highest  # type: ignore
+
+    bounds = "" if lowest == -inf else f" from {lowest:g} up" if highest == inf else f" from {lowest:g} to {highest:g}"
+    return Kind(words + bounds, fits)
+
+
+def several(kind: Kind, *counts: int) -> Kind:
+    """A list of as many."""
+    words = f"[{', '.join([kind.words] * counts[0])}]"
+    return Kind(words, lambda v: isinstance(v, (list, ListConfig)) and len(v) in counts and all(map(kind.fits, v)))
+
+
+def one_of(*choices: str) -> Kind:
+    return Kind(f"one of {', '.join(choices)}", lambda v: v in choices)
+
+
+NULL = Kind("null", lambda v: v is None)
+FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+SECTION = Kind("a section of keys", lambda v: isinstance(v, DictConfig))
+TEXT = Kind("text", lambda v: isinstance(v, str) and v != "")
+
+PIXELS = {  # given in the recipe, from where the data section takes them
+    "batch_size": whole(1),
+    "mean": number() | several(number(), 1, 3),
+    "std": number(1e-6) | several(number(1e-6), 1, 3),
+    "crop_pct": number(0.01, 1),
+    "interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
+    "augmentation": SECTION | NULL,
+    "augmentation.repeats": whole(1),
+    "augmentation.crop_scale": several(number(0, 1), 2) | NULL,
+    "augmentation.hflip": number(0, 1),
+    "augmentation.rand_augment": TEXT | NULL,
+    "augmentation.color_jitter": number(0),
+    "augmentation.erase": number(0, 1),
+    "augmentation.mixup": number(0),
+    "augmentation.cutmix": number(0),
+    "augmentation.degrees": number(0, 180),
+    "augmentation.shift": number(0, 1),
+    "augmentation.zoom": number(0, 0.99),
+}
+AUGMENTATIONS = tuple(name.removeprefix("augmentation.") for name in PIXELS if name.startswith("augmentation."))
+
+KINDS = {
+    "seed": whole(0, 2**32 - 1),
+    "weights": TEXT | NULL,
+    "resume": TEXT | NULL,
+    "image_size": whole(1) | several(whole(1), 2),
+    "optimizer.opt": TEXT,
+    "optimizer.lr": number(0),
+    "optimizer.weight_decay": number(0),
+    "optimizer.eps": number(0),
+    "optimizer.betas": several(number(0, 1), 2),
+    "optimizer.momentum": number(0, 1),
+    "optimizer.fused": FLAG,
+    "recipe.epochs": whole(1),
+    "recipe.warmup_epochs": number(0),
+    "recipe.warmup_lr": number(0),
+    "recipe.min_lr": number(0),
+    "recipe.label_smoothing": number(0, 1),
+    "recipe.drop_path_rate": number(0, 0.99),
+    "recipe.ema_decay": number(0, 1) | NULL,
+    "recipe.clip_grad": number(0) | NULL,
+    "recipe.threads": whole(1) | NULL,
+    **{f"recipe.{name}": kind for name, kind in PIXELS.items()},
+    "model": SECTION,
+    "model.drop_path_rate": number(0, 0.99),
+    "data._target_": TEXT,
+    "data.root": TEXT | NULL,
+    "data.num_workers": whole(0),
+    "data.num_classes": whole(1),
+    "data.in_chans": whole(1),
+    "data.image_size": whole(1) | several(whole(1), 2),
+    "data.val_fraction": number(0, 0.99) | NULL,
+    "data.seed": whole(0, 2**32 - 1),
+    **{f"data.{name}": kind for name, kind in PIXELS.items()},
+    "trainer.max_epochs": whole(1),
+    "trainer.num_nodes": whole(1),
+    "trainer.accumulate_grad_batches": whole(1),
+    "trainer.check_val_every_n_epoch": whole(1),
+    "trainer.log_every_n_steps": whole(1),
+    "trainer.gradient_clip_val": number(0) | NULL,
+    "trainer.devices": whole(-1) | TEXT | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
+    "trainer.enable_progress_bar": FLAG,
+}
