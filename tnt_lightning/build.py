@@ -30,7 +30,7 @@ def build_data(config: Config) -> ImageDataModule:
     if module != "tnt_lightning.data" or name not in known:
         raise UserError(f"data._target_={target!r} is not built from a config; known: tnt_lightning.data.{{{', '.join(known)}}}")
     kind = getattr(tnt_lightning.data, name)
-    _refuse_unknown("data", arguments, *(cls.__init__ for cls in kind.__mro__ if issubclass(cls, ImageDataModule)))
+    _refuse_unknown("data", name, arguments, *(cls.__init__ for cls in kind.__mro__ if issubclass(cls, ImageDataModule)))
     return kind(**arguments)
 
 
@@ -59,7 +59,7 @@ def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Ca
             f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
             "try bf16-mixed, or recipe.ema_decay=null"
         )
-    _refuse_unknown("trainer", arguments, L.Trainer.__init__)
+    _refuse_unknown("trainer", "lightning.Trainer", arguments, L.Trainer.__init__)
     name = config["logger"]["name"]
     if name not in ("csv", "none"):
         raise UserError(f"logger.name={name!r} is not known; available: csv, none")
@@ -80,11 +80,12 @@ def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Ca
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def _refuse_unknown(section: str, arguments: Mapping[str, Any], *readers: Any) -> None:
-    known = {name for reader in readers for name in inspect.signature(reader).parameters} - {"self", "args", "kwargs"}
+def _refuse_unknown(section: str, reader: str, arguments: Mapping[str, Any], *signatures: Any) -> None:
+    known = {name for signature in signatures for name in inspect.signature(signature).parameters} - {"self", "args", "kwargs"}
     for name, value in arguments.items():
         if name not in known:
-            raise UserError(f"{section}.{name}={value}: no such key{did_you_mean(name, known, 'there are ' + ', '.join(sorted(known)))}")
+            near = did_you_mean(f"{section}.{name}", [f"{section}.{other}" for other in known], f"{reader} takes no such argument")
+            raise UserError(f"{section}.{name}={value}: no such key{near}")
 
 
 def _precision(accelerator: str) -> str:

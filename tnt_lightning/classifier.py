@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -82,9 +82,15 @@ class Classifier(L.LightningModule):
         try:
             return create_optimizer_v2(self.backbone, **arguments)
         except (TypeError, ValueError) as error:
+            opt = self.optimizer["opt"]
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-                near = did_you_mean(unknown[1], arguments.keys() - {unknown[1]}, f"{arguments['opt']} does not take it")
+                known = [f"optimizer.{name}" for name in arguments if name != unknown[1]]
+                near = did_you_mean(f"optimizer.{unknown[1]}", known, f"{opt} takes no such argument")
                 raise UserError(f"optimizer.{unknown[1]}={arguments[unknown[1]]}: no such key{near}") from None
+            if "registry" in str(error):
+                raise UserError(
+                    f"optimizer.opt={opt}: timm has no such optimizer{did_you_mean(opt, list_optimizers(), 'the paper has adamw')}"
+                ) from None
             raise UserError(f"optimizer={self.optimizer}: {error}") from None
 
     def configure_optimizers(self):

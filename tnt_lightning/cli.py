@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tnt_lightning import CONF
 from tnt_lightning.config import KNOBS, keys_of, models_with
 from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.schema import KINDS
 
 _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
 
@@ -31,8 +32,11 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
     """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        begun = []
+
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
+            begun.append(True)
             try:
                 _resolve(config)
                 return task(config)
@@ -55,6 +59,10 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
                 if _with_tracebacks():
                     raise
                 fail(answer(error))
+            except OSError as error:
+                if begun or _with_tracebacks():
+                    raise
+                fail(f"{error.filename}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir")
 
         return main
 
@@ -121,6 +129,8 @@ def _unknown_key(key: str, overrides: list[str]) -> str:
         )
     if key.startswith("trainer.") and not given.startswith("+"):
         return f"{given}: not among the arguments that conf/trainer/ names; +{given} hands it to lightning.Trainer"
+    if key in KINDS and not given.startswith("+"):
+        return f"{given}: not set in this configuration; +{given} adds it"
     known = _known_keys([arg for arg in overrides if arg != given])
     return f"{given}: no such key{did_you_mean(key, known, '--cfg job shows them all')}"
 

@@ -15,5 +15,8 @@ def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
     section, _, name = key.rpartition(".")
     keys = [other for other in known if other.count(".") == key.count(".")]
     siblings = {other.rpartition(".")[2]: other for other in keys if other.rpartition(".")[0] == section}
-    near = difflib.get_close_matches(name, siblings, cutoff=0.6) if siblings else difflib.get_close_matches(key, keys, cutoff=0.6)
-    return f"; did you mean {' or '.join(siblings.get(other, other) for other in near)}?" if near else f"; {otherwise}"
+    if siblings:
+        near = [siblings[other] for other in difflib.get_close_matches(name, siblings, n=2, cutoff=0.6)]
+    else:
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; {otherwise}"

@@ -20,7 +20,7 @@ def build_model(*, _target_: str, **knobs: Any) -> nn.Module:
     if _target_ == "tnt_lightning.models.TNT":
         known = TNT.__init__.__kwdefaults__ or {}
         if unknown := sorted(set(knobs) - set(known)):
-            near = did_you_mean(unknown[0], known, f"TNT has {', '.join(sorted(known))}")
+            near = did_you_mean(f"model.{unknown[0]}", [f"model.{knob}" for knob in known], f"TNT has {', '.join(sorted(known))}")
             raise UserError(f"model.{unknown[0]}={knobs[unknown[0]]}: no such knob{near}")
         return TNT(**knobs)
     if _target_ == "timm.create_model":

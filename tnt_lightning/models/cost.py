@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tnt_lightning.errors import UserError
 from tnt_lightning.models.tnt import TNT
 
 
@@ -30,12 +31,20 @@ def parameters(model: nn.Module) -> Parameters:
 def flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one forward pass of one image of input_size (channels, height, width), without weights or data.
 
-    Attention is counted as its two matrix products: the fused kernels are not seen by torch's counter on every device.
+    UserError where the model does not take such images. Attention is counted as its two matrix products: the fused kernels are not seen by torch's counter on every device.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
         if hasattr(module, "fused_attn"):  # timm's name, and ours
             module.fused_attn = False  # type: ignore[assignment]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(torch.empty(1, *input_size, device="meta"))
+        try:
+            shadow(torch.empty(1, *input_size, device="meta"))
+        except (RuntimeError, AssertionError, ValueError) as error:
+            if isinstance(model, TNT):  # which has checked its sizes
+                raise
+            chans, height, width = input_size
+            raise UserError(
+                f"image_size: the model does not take {chans} x {height} x {width} pixels ({str(error).splitlines()[0]})"
+            ) from error
     return counter.get_total_flops() // 2

@@ -123,7 +123,7 @@ def _read(model: nn.Module, source: str) -> _Found:
         raise UserError(f"{source}: a URL is not loaded from; download it and give the file, or {HUB}OWNER/NAME")
     path = Path(source).expanduser().resolve()
     if not path.exists():
-        raise UserError(f"{path}: no such run directory or file")
+        raise UserError(f"{path}: no such run directory or file; weights also come from {HUB}OWNER/NAME, or as `released`")
     file = runs.locate(path)[1] if path.is_dir() else path
     content = _open(file)
     # The averaged weights first, as timm does.
