@@ -33,7 +33,7 @@ def train(run: Path, *overrides: str) -> dict:
     """What `python -m tnt_lightning.train OVERRIDES hydra.run.dir=RUN` does, in this process."""
     from tnt_lightning.train import train
 
-    return train(resolved(*QUICK, *overrides), run)
+    return train(resolved("logger=csv", *QUICK, *overrides), run)
 
 
 def command(name: str, *arguments: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess:

@@ -13,14 +13,14 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"models"},
     {"data"},
     {"classifier", "callbacks"},
-    {"build", "runs", "show", "config"},
+    {"build", "runs", "show", "config", "dashboard"},
     {"cli"},
     {"train", "evaluate"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train"},
-    "lightning": {"classifier", "callbacks", "data", "build", "show", "train", "evaluate"},
-    "wandb": set(),
+    "lightning": {"classifier", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
+    "wandb": {"dashboard"},
 }
 
 

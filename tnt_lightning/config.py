@@ -34,6 +34,13 @@ RANGES = {
     "trainer.max_epochs": ("whole number", 1, inf),
     "trainer.accumulate_grad_batches": ("whole number", 1, inf),
 }
+LOGGER_RANGES = {  # of logger=wandb
+    "logger.images_every": ("whole number", 0, inf),
+    "logger.num_images": ("whole number", 1, inf),
+    "logger.init_timeout": ("number", 1, inf),
+    "logger.finish_timeout": ("number", 1, inf),
+}
+LOGGER_MODES = ("auto", "online", "offline", "disabled")
 
 
 def models_with(knob: str) -> list[str]:
@@ -51,7 +58,8 @@ def check(config: DictConfig, model: str) -> None:
     for key in map(str, config.recipe):
         if key not in known:
             raise UserError(f"recipe.{key}={config.recipe[key]}: no such key; a recipe has {', '.join(map(str, known))}")
-    for key, (kind, lowest, highest) in RANGES.items():
+    _check_logger(config.logger)
+    for key, (kind, lowest, highest) in (RANGES | (LOGGER_RANGES if config.logger.name == "wandb" else {})).items():
         value = OmegaConf.select(config, key)
         numbers = (int,) if kind.startswith("whole number") else (int, float)
         if value is None and kind.endswith("or null"):
@@ -67,6 +75,28 @@ def check(config: DictConfig, model: str) -> None:
             raise UserError(f"{knob}={config[knob]}: model={model} has no such knob; models that have it: {', '.join(models_with(knob))}")
         if config.model[knob] != config[knob]:
             raise UserError(f"model.{knob}={config.model[knob]} is at odds with {knob}={config[knob]}; set {knob} alone, without `model.`")
+
+
+def _check_logger(logger: DictConfig) -> None:
+    names = sorted(path.stem for path in (CONF / "logger").glob("*.yaml"))
+    if logger.name not in names:
+        raise UserError(f"logger.name={logger.name!r} is not known; available: {', '.join(names)}")
+    known = OmegaConf.load(CONF / "logger" / f"{logger.name}.yaml")
+    assert isinstance(known, DictConfig)
+    for key in map(str, logger):
+        if key not in known:
+            raise UserError(f"logger.{key}={logger[key]}: no such key; logger={logger.name} has {', '.join(map(str, known))}")
+    if logger.name != "wandb":
+        return
+    if logger.mode not in LOGGER_MODES:
+        raise UserError(f"logger.mode={logger.mode!r} is not one of {', '.join(LOGGER_MODES)}")
+    if not isinstance(logger.project, str) or not 0 < len(logger.project) <= 128 or set(logger.project) & set("/\\#?%:"):
+        raise UserError(f"logger.project={logger.project!r} is not a name of at most 128 characters without any of / \\ # ? % :")
+    for key in ("entity", "group"):
+        if not isinstance(logger[key], str | None):
+            raise UserError(f"logger.{key}={logger[key]!r} is neither text nor null; quote it: logger.{key}=\"'{logger[key]}'\"")
+    if not isinstance(logger.tags, ListConfig) or not all(isinstance(tag, str) and 0 < len(tag) <= 64 for tag in logger.tags):
+        raise UserError(f"logger.tags={logger.tags} is not a list of texts of at most 64 characters; try logger.tags=[a,b]")
 
 
 def refuse_ablation_in_a_single_run(ablation: str | None) -> None:

@@ -1,4 +1,4 @@
-"""A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log.
+"""A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log, wandb/.
 
 Only tensors and plain data are stored, and only those are ever loaded.
 """
@@ -19,7 +19,7 @@ from torch import nn
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model
 
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
 
 
 def load(path: str | Path, checkpoint: str | None = None) -> nn.Module:
@@ -45,7 +45,7 @@ def start(run: Path, config: dict[str, Any]) -> None:
 
 
 def finish(run: Path, result: dict[str, Any]) -> None:
-    _write(run / "result.json", json.dumps(result, indent=2) + "\n")
+    write(run / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _commit() -> str | None:
         return None
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Whole or not at all."""
     beside = file.with_name(file.name + ".tmp")
     beside.write_text(text)
