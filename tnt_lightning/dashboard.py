@@ -5,6 +5,7 @@ whatever goes wrong in one ends in a single line, and metrics.csv goes on alone.
 """
 
 import json
+import math
 import shlex
 import sys
 import threading
@@ -28,6 +29,7 @@ from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import Transformed
 
 CALL_S = 20.0  # for a call that only hands data to W&B's service process
+VISIBLE = 96  # pixels a side that a person wants to see
 FILE = "wandb.json"  # in the run directory: which W&B run it is
 
 
@@ -70,6 +72,7 @@ class Dashboard(Logger):
         settings = wandb.Settings(
             silent=True, console="off", init_timeout=reach_s, x_service_wait=CALL_S,
             finish_timeout=self._finish_s, finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1,  # otherwise a killed run loses its last fifteen seconds
         )  # fmt: skip
         session = _within(2 * CALL_S, wandb.setup, settings)  # starts the service process
         mode = session.settings.mode if knobs["mode"] == "auto" else knobs["mode"]  # with WANDB_MODE
@@ -222,15 +225,16 @@ class Progress(Callback):
             logits = module.backbone(precision.convert_input(inputs))  # type: ignore[operator]
         sure, predicted = logits.float().softmax(1).max(1)
         names = getattr(data.parts.val, "classes", None) or [str(i) for i in range(logits.shape[1])]
+        kind = "png" if min(pixels.shape[2:]) < VISIBLE else "jpg"  # a photograph as png takes several times the place
         return [
-            wandb.Image(_visible(image), caption=f"predicted {names[guess]} ({p:.0%}), is {names[label]}")
+            wandb.Image(_visible(image), caption=f"predicted {names[guess]} ({p:.0%}), is {names[label]}", file_type=kind)
             for image, guess, p, label in zip(pixels, predicted.tolist(), sure.tolist(), labels.tolist(), strict=True)
         ]
 
 
 def _visible(pixels: Tensor) -> Any:
-    """A picture of at least 96 pixels a side: uint8 (C, height, width), each pixel so many times."""
-    times = -(-96 // min(pixels.shape[1:]))
+    """A picture of uint8 (C, height, width), of a small one each pixel so many times."""
+    times = math.ceil(VISIBLE / min(pixels.shape[1:]))
     return to_pil_image(pixels.repeat_interleave(times, 1).repeat_interleave(times, 2))
 
 
