@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -199,11 +200,12 @@ class Progress(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch
         due = self.every and (epoch % self.every == 0 or epoch + 1 == trainer.max_epochs)
-        if self.dashboard.page is None or not due or trainer.state.fn != "fit":
+        whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # sharded weights would need the other ranks
+        if self.dashboard.page is None or not due or not whole or trainer.state.fn != "fit":
             return
         with isolate_rng(include_cuda=False):
             try:
-                self.dashboard.log_metrics({"examples": self._predict(trainer, pl_module)}, trainer.global_step)
+                self.dashboard.log_metrics({"examples": self._predict(trainer, pl_module)}, trainer.global_step - 1)
             except Exception as error:
                 self.dashboard.give_up(error)
 

@@ -30,7 +30,7 @@ def main(config: DictConfig) -> float | None:
             )
         refuse_ablation_of_swept_models(hydra.runtime.choices.get("ablation"))
         if plain["logger"]["name"] == "wandb" and not plain["logger"]["group"]:
-            plain["logger"]["group"] = "/".join(Path(hydra.runtime.output_dir).parent.parts[-2:])
+            plain["logger"]["group"] = "/".join(Path(hydra.sweep.dir).absolute().parts[-2:])
     else:
         refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
     result = train(plain, Path(hydra.runtime.output_dir))
