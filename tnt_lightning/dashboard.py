@@ -84,7 +84,7 @@ class Dashboard(Logger):
             project=before.get("project") or knobs["project"],
             entity=before.get("entity") or knobs["entity"],
             id=before.get("id"),
-            resume="allow",
+            resume="allow" if before else None,
             group=knobs["group"],
             name="/".join(self.run.parts[-2:])[-128:],
             tags=knobs["tags"] or None,
@@ -94,13 +94,13 @@ class Dashboard(Logger):
         )
         why = f"{mode}, as asked"
         if mode not in ("offline", "dryrun"):
+            why = "offline, not logged in (wandb login)"
             try:
                 if _within(CALL_S, wandb.login, prompt=False, verify=False):
+                    why = f"offline, {session.settings.base_url} did not take the run"
                     self.page = _within(reach_s + CALL_S, wandb.init, mode="online", **arguments)
-                else:
-                    why = "offline, not logged in (wandb login)"
             except Exception as error:
-                why = f"offline, {_reason(error)}"
+                why += f": {_reason(error)}"
         if self.page is None:
             self.page = _within(2 * CALL_S, wandb.init, mode="offline", **arguments)
         folders = [*before.get("folders", []), str(self.run / "wandb")]
@@ -149,7 +149,7 @@ class Dashboard(Logger):
             _within(self._finish_s + CALL_S, page.finish, exit_code=0 if kind is None else 1)
         except Exception as error:
             again = self._sync() if page.offline else self._sync("--include-online")
-            print(f"W&B    not all is uploaded: {_reason(error)}; to upload it: {again}")
+            print(f"W&B    not finished: {_reason(error)}; to upload it: {again}")
         finally:
             self._close()
 
