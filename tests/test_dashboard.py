@@ -146,7 +146,7 @@ def test_one_line_says_how_to_upload_it(logged):
     assert runs.result_of(logged)["devices"] == 2
     [line] = lines((logged.parent / "shown.txt").read_text())
     assert line == f"W&B    offline, not logged in (wandb login); to upload it: wandb sync {logged / 'wandb'}"
-    asked = [str(Path(sys.executable).parent / "wandb"), *shlex.split(line.split(": ")[1])[1:], "--dry-run"]
+    asked = [sys.executable, "-m", "wandb", *shlex.split(line.split(": ")[1])[1:], "--dry-run"]
     done = subprocess.run(asked, cwd=logged.parent, env=stranger(logged.parent), capture_output=True, text=True, timeout=60)
     assert "Would sync 1 run(s)" in done.stderr and Recorded(logged).file.name in done.stderr
 
@@ -436,7 +436,7 @@ def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_pa
     asked = shlex.split(line.split("to upload it: ")[1])
     assert asked == ["wandb", "sync", str(tmp_path / "with" / "wandb"), str(tmp_path / "more" / "wandb")]
     assert not there.history
-    subprocess.run([Path(sys.executable).parent / "wandb", *asked[1:]], cwd=tmp_path, capture_output=True, timeout=60, check=True)
+    subprocess.run([sys.executable, "-m", "wandb", *asked[1:]], cwd=tmp_path, capture_output=True, timeout=60, check=True)
     rows = [json.loads(row) for row in there.history[first.run.run_id]]
     assert [row["trainer/global_step"] for row in rows if "train/loss" in row] == list(range(9))
 
@@ -446,8 +446,12 @@ def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_pa
 
 def service() -> int:
     """The id of the service process that this process has started."""
-    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True, check=True)
-    return int(found.stdout.split()[-1])
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # gone meanwhile
+            pid, name, state, parent = stat.read_text().split()[:4]
+            if name == "(wandb-core)" and state != "Z" and int(parent) == os.getpid():
+                return int(pid)
+    raise LookupError("wandb-core")
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])

@@ -103,7 +103,9 @@ class Dashboard(Logger):
                 why += f": {_reason(error)}"
         if self.page is None:
             self.page = _within(2 * CALL_S, wandb.init, mode="offline", **arguments)
-        folders = [*before.get("folders", []), str(self.run / "wandb")]
+        # The parts of a continued run; the last of them may have been moved since.
+        folders = [*before.get("folders", [])[:-1], str(continued / "wandb")] if continued and before else []
+        folders.append(str(self.run / "wandb"))
         known = dict(id=self.page.id, project=self.page.project, entity=self.page.entity or None)
         known |= dict(mode="offline" if self.page.offline else "online", url=self.page.url, folders=folders)
         runs.write(self.run / FILE, json.dumps(known, indent=2) + "\n")
