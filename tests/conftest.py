@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 import tnt_lightning.config  # noqa: F401  (the resolver that conf/ablation needs)
 from tnt_lightning import CONF
 
+os.environ["WANDB_MODE"] = "disabled"  # no test uploads anything; test_dashboard.py has an environment of its own
 PAPER = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "paper.yaml").read_text())
 QUICK = ("recipe.epochs=2", "recipe.warmup_epochs=1", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1")
 
@@ -33,11 +34,11 @@ def train(run: Path, *overrides: str) -> dict:
     """What `python -m tnt_lightning.train OVERRIDES hydra.run.dir=RUN` does, in this process."""
     from tnt_lightning.train import train
 
-    return train(resolved(*QUICK, *overrides), run)
+    return train(resolved("logger=csv", *QUICK, *overrides), run)
 
 
-def command(name: str, *arguments: str, cwd: Path, timeout: int = 240) -> subprocess.CompletedProcess:
-    env = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
+def command(name: str, *arguments: str, cwd: Path, timeout: int = 240, env: dict | None = None) -> subprocess.CompletedProcess:
+    env = {key: value for key, value in (env or os.environ).items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
     line = [sys.executable, "-m", f"tnt_lightning.{name}", *arguments]
     return subprocess.run(line, cwd=cwd, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout)
 

@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import tnt_lightning.data
 from tnt_lightning.classifier import Classifier
+from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.models import build_model
@@ -48,8 +49,10 @@ def build_classifier(config: Config) -> Classifier:
     return classifier
 
 
-def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None) -> L.Trainer:
-    """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs there."""
+def build_trainer(
+    config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None, dashboard: Dashboard | None = None
+) -> L.Trainer:
+    """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs there, and to the dashboard."""
     torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
@@ -61,11 +64,11 @@ def build_trainer(config: Config, *, run: Path | None = None, callbacks: list[Ca
         )
     _refuse_unknown("trainer", "lightning.Trainer", arguments, L.Trainer.__init__)
     name = config["logger"]["name"]
-    if name not in ("csv", "none"):
-        raise UserError(f"logger.name={name!r} is not known; available: csv, none")
-    logger = CSVLogger(run, name="", version="") if run is not None and name == "csv" else False
+    loggers: list[Logger] = [CSVLogger(run, name="", version="")] if run is not None and name != "none" else []
+    if dashboard is not None and name == "wandb":
+        loggers.append(dashboard)
     ours: dict[str, Any] = dict(
-        logger=logger,
+        logger=loggers,
         callbacks=callbacks,
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
         use_distributed_sampler=False,  # the data module splits images among ranks itself

@@ -88,8 +88,9 @@ class Classifier(L.LightningModule):
                 near = did_you_mean(f"optimizer.{unknown[1]}", known, f"{opt} takes no such argument")
                 raise UserError(f"optimizer.{unknown[1]}={arguments[unknown[1]]}: no such key{near}") from None
             if "registry" in str(error):
+                names = map(str, list_optimizers())
                 raise UserError(
-                    f"optimizer.opt={opt}: timm has no such optimizer{did_you_mean(opt, list_optimizers(), 'the paper has adamw')}"
+                    f"optimizer.opt={opt}: timm has no such optimizer{did_you_mean(opt, names, 'the paper has adamw')}"
                 ) from None
             raise UserError(f"optimizer={self.optimizer}: {error}") from None
 

@@ -32,7 +32,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
     """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        begun = []
+        begun: list[bool] = []  # an OSError before the task is of the run directory, a later one may be a bug
 
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
@@ -50,6 +50,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
 
         @functools.wraps(task)
         def main() -> None:
+            begun.clear()
             _refuse_to_write_over_a_run()
             if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
                 os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}

@@ -43,7 +43,8 @@ def check(config: DictConfig, model: str) -> None:
         missing = object()
         value = OmegaConf.select(config, key, default=missing)
         if value is not missing and not kind.fits(value):
-            raise UserError(f"{key}={text(value)} is not {kind.words}")
+            quote = f"; quote it: {key}=\"'{text(value)}'\"" if "text" in kind.words and isinstance(value, (bool, int, float)) else ""
+            raise UserError(f"{key}={text(value)} is not {kind.words}{quote}")
     for knob in KNOBS:
         if knob not in config:
             continue
@@ -67,9 +68,14 @@ def check(config: DictConfig, model: str) -> None:
 
 def _refuse_unknown_keys(config: DictConfig) -> None:
     """Of the sections that are read here; models, data sets, optimizers and the Trainer know their own arguments."""
-    recipe = OmegaConf.load(CONF / "recipe" / "imagenet.yaml")
-    assert isinstance(recipe, DictConfig)
-    readers = {"": KEYS, "recipe.": tuple(map(str, recipe)), "recipe.augmentation.": AUGMENTATIONS, "data.augmentation.": AUGMENTATIONS}
+    logger = f"{config.logger.name}.yaml" if config.logger.get("name") in ("csv", "none") else "wandb.yaml"
+    readers = {
+        "": KEYS,
+        "recipe.": tuple(map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))),
+        "recipe.augmentation.": AUGMENTATIONS,
+        "data.augmentation.": AUGMENTATIONS,
+        "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
+    }
     for section, known in readers.items():
         node = OmegaConf.select(config, section.rstrip(".")) if section else config
         for name in map(str, node) if isinstance(node, DictConfig) else ():

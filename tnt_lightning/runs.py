@@ -1,4 +1,4 @@
-"""A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log.
+"""A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log, wandb/.
 
 What is stored is tensors and plain data.
 """
@@ -16,7 +16,7 @@ import yaml
 
 from tnt_lightning.errors import UserError
 
-PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow")
+PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
 
 
 def start(run: Path, config: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def start(run: Path, config: dict[str, Any]) -> None:
 
 
 def finish(run: Path, result: dict[str, Any]) -> None:
-    _write(run / "result.json", json.dumps(result, indent=2) + "\n")
+    write(run / "result.json", json.dumps(result, indent=2) + "\n")
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _commit() -> str | None:
         return None
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Whole or not at all."""
     beside = file.with_name(file.name + ".tmp")
     beside.write_text(text)

@@ -45,6 +45,14 @@ NULL = Kind("null", lambda v: v is None)
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 SECTION = Kind("a section of keys", lambda v: isinstance(v, DictConfig))
 TEXT = Kind("text", lambda v: isinstance(v, str) and v != "")
+PROJECT = Kind(  # W&B's own rule
+    "a name of at most 128 characters without any of / \\ # ? % :",
+    lambda v: isinstance(v, str) and 0 < len(v) <= 128 and not set(v) & set("/\\#?%:"),
+)
+TAGS = Kind(
+    "a list of texts of at most 64 characters",
+    lambda v: isinstance(v, ListConfig) and all(isinstance(tag, str) and 0 < len(tag) <= 64 for tag in v),
+)
 
 PIXELS = {  # given in the recipe, from where the data section takes them
     "batch_size": whole(1),
@@ -108,4 +116,14 @@ KINDS = {
     "trainer.gradient_clip_val": number(0) | NULL,
     "trainer.devices": whole(-1) | TEXT | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
     "trainer.enable_progress_bar": FLAG,
+    "logger.name": one_of("wandb", "csv", "none"),
+    "logger.mode": one_of("auto", "online", "offline", "disabled"),
+    "logger.project": PROJECT,
+    "logger.entity": TEXT | NULL,
+    "logger.group": TEXT | NULL,
+    "logger.tags": TAGS,
+    "logger.images_every": whole(0),
+    "logger.num_images": whole(1),
+    "logger.init_timeout": number(1),
+    "logger.finish_timeout": number(1),
 }

@@ -30,6 +30,8 @@ def main(config: DictConfig) -> float | None:
                 f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto"
             )
         refuse_ablation_of_swept_models(hydra.runtime.choices.get("ablation"))
+        if plain["logger"]["name"] == "wandb" and not plain["logger"]["group"]:
+            plain["logger"]["group"] = "/".join(Path(hydra.sweep.dir).absolute().parts[-2:])
     else:
         refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
     result = train(plain, Path(hydra.runtime.output_dir))
@@ -43,6 +45,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     from tnt_lightning import runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Best, Last, Throughput
+    from tnt_lightning.dashboard import Dashboard, Progress
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
     from tnt_lightning.models.weights import load_weights
@@ -54,9 +57,14 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
     classifier = build_classifier(config)
     data = build_data(config)
-    parameters, flops = cost.parameters(classifier.backbone), cost.flops(classifier.backbone, data.input_size)
+    parameters = cost.parameters(classifier.backbone)
+    size = {
+        "parameters": parameters.live,
+        "parameters_as_in_the_paper": parameters.paper,
+        "flops": cost.flops(classifier.backbone, data.input_size),
+    }
     loaded = load_weights(classifier.backbone, config["weights"]) if config["weights"] else None
-    resume = None
+    continued = resume = None
     if config["resume"]:
         continued, resume = runs.locate(config["resume"], "last")
         done = load_weights(classifier.backbone, resume, exact=True).epochs or 0
@@ -66,50 +74,53 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 
     data.setup()
     assert data.parts is not None
-    folder, throughput = run / "checkpoints", Throughput()
+    folder, throughput, dashboard, logger = run / "checkpoints", Throughput(), Dashboard(run), config["logger"]
     callbacks: list[L.Callback] = [throughput]
+    if logger["name"] == "wandb":  # before EMA: example predictions are the average's
+        callbacks.append(Progress(dashboard, throughput, every=logger["images_every"], count=logger["num_images"]))
     if recipe["ema_decay"]:
         callbacks.append(EMA(decay=recipe["ema_decay"]))
     if data.parts.val is not None:
         callbacks.append(Best(folder, continued=resume.parent if resume else None))
     callbacks.append(Last(folder))  # after Best, whose state it holds
-    trainer = build_trainer(config, run=run, callbacks=callbacks)
+    trainer = build_trainer(config, run=run, callbacks=callbacks, dashboard=dashboard)
     data.trainer = trainer
     data.train_dataloader()  # what does not fit is said here, before anything is written
-    if trainer.is_global_zero:
-        runs.start(run, config)
-        show.opening(trainer, data, run, loaded)
-    trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
+    with dashboard:
+        if trainer.is_global_zero:
+            runs.start(run, config)
+            show.opening(trainer, data, run, loaded)
+            dashboard.start(config, continued=continued, figures=size)
+        trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
 
-    trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json
+        trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json and the dashboard's summary
 
-    def figures(checkpoint: str) -> dict[str, float]:
-        load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint), exact=True)
-        return evaluate(trainer, classifier, data)
+        def figures(checkpoint: str) -> dict[str, float]:
+            load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint), exact=True)
+            return evaluate(trainer, classifier, data)
 
-    # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
-    chosen = runs.checkpoint_path(run, "best").exists()
-    choose = chosen and data.parts.test is not None
-    result: dict[str, Any] = {"checkpoint": "best" if choose else "last"}
-    result |= figures(result["checkpoint"])
-    if chosen and not choose:
-        result |= {f"best/{name}": value for name, value in figures("best").items()}
-    result |= {
-        "parameters": parameters.live,
-        "parameters_as_in_the_paper": parameters.paper,
-        "flops": flops,
-        "images_per_s": throughput.images_per_s,
-        "steps": trainer.global_step,
-        "epochs": trainer.current_epoch,
-        "devices": trainer.world_size,
-        "precision": trainer.precision,
-        "seed": config["seed"],
-        "wall_s": time.perf_counter() - began,
-        **runs.origin(),
-    }
-    if trainer.is_global_zero:
-        runs.finish(run, result)
-        show.closing(result, run)
+        # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
+        chosen = runs.checkpoint_path(run, "best").exists()
+        choose = chosen and data.parts.test is not None
+        result: dict[str, Any] = {"checkpoint": "best" if choose else "last"}
+        result |= figures(result["checkpoint"])
+        if chosen and not choose:
+            result |= {f"best/{name}": value for name, value in figures("best").items()}
+        result |= {
+            **size,
+            "images_per_s": throughput.images_per_s,
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "devices": trainer.world_size,
+            "precision": trainer.precision,
+            "seed": config["seed"],
+            "wall_s": time.perf_counter() - began,
+            **runs.origin(),
+        }
+        if trainer.is_global_zero:
+            runs.finish(run, result)
+            dashboard.summarise(result)
+            show.closing(result, run)
     return result
 
 

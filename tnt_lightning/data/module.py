@@ -20,7 +20,10 @@ from tnt_lightning.errors import UserError
 
 
 class Labelled(Protocol):
-    """A split as a data set gives it: item i is (PIL image, label); labels without opening an image."""
+    """A split as a data set gives it: item i is (PIL image, label); labels without opening an image.
+
+    One whose classes have names holds them in order as `classes`.
+    """
 
     @property
     def labels(self) -> Sequence[int]: ...
@@ -42,6 +45,7 @@ class Part:
     def __init__(self, whole: Labelled, indices: Sequence[int]):
         self.whole, self.indices = whole, indices
         self.labels = [whole.labels[i] for i in indices]
+        self.classes = getattr(whole, "classes", None)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return self.whole[self.indices[index]]
@@ -165,6 +169,11 @@ class ImageDataModule(L.LightningDataModule):
         self.parts = Splits(train, val, test)
 
     @property
+    def mode(self) -> str:
+        """Pillow's, of the images that the model sees."""
+        return "L" if self.in_chans == 1 else "RGB"
+
+    @property
     def world(self) -> int:
         return self.trainer.world_size if self.trainer else 1
 
@@ -215,7 +224,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _loader(self, split: Labelled, transform: Transform, order: Sampler | Sequence[int]) -> DataLoader:
         return DataLoader(
-            Transformed(split, transform, mode="L" if self.in_chans == 1 else "RGB"),
+            Transformed(split, transform, self.mode),
             batch_size=self.device_batch,
             sampler=order,
             num_workers=self.num_workers,
@@ -242,6 +251,7 @@ class Joined:
     def __init__(self, *splits: Labelled):
         self.places = [(split, i) for split in splits for i in range(len(split.labels))]
         self.labels = [label for split in splits for label in split.labels]
+        self.classes = getattr(splits[0], "classes", None)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         split, i = self.places[index]

@@ -31,7 +31,8 @@ def parameters(model: nn.Module) -> Parameters:
 def flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-accumulates of one forward pass of one image of input_size (channels, height, width), without weights or data.
 
-    UserError where the model does not take such images. Attention is counted as its two matrix products: the fused kernels are not seen by torch's counter on every device.
+    UserError where the model does not take such images. Attention is counted as its two matrix products: the fused kernels are not
+    seen by torch's counter on every device.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     for module in shadow.modules():
