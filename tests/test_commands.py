@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -240,7 +237,7 @@ def test_imagenet_trains_from_folders_by_the_recipe(tmp_path):
     assert result["val/top1"] == pytest.approx(curve[-1], abs=1e-4) and result["best/val/top1"] == pytest.approx(max(curve), abs=1e-4)
 
 
-# ---- help, and answers
+# ---- help
 
 
 def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
@@ -257,39 +254,3 @@ def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
     for group in (folder for folder in CONF.iterdir() if folder.is_dir()):
         named = next(line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == [group.name])
         assert named == sorted(path.stem for path in group.glob("[!_]*.yaml"))
-
-
-@pytest.mark.parametrize(
-    "arguments, line",
-    [
-        (["inner_heads=5"], "error: inner_heads=5 does not divide inner_dim=24; try one of [1, 2, 3, 4, 6, 8, 12, 24]"),
-        (["model=deit_s", "inner_heads=2"], "error: inner_heads=2: model=deit_s has no such knob"),
-        (["trainer.precision=99"], "error: trainer: "),
-        (["+data.foo=1"], "error: data.foo=1: no such key; there are augmentation, batch_size, "),
-        (["optimizer.lr=abc"], "error: optimizer.lr=abc is not a number"),
-        (["+optimizer.foo=1"], "error: optimizer.foo=1: no such key; adamw does not take it"),
-        (["trainer.max_steps=10"], "error: trainer.max_steps=10: not among the arguments that conf/trainer/ names; +trainer.max_steps=10"),
-        (["data=imagenet", "data.root=/nowhere"], "error: /nowhere/train: no such folder"),
-    ],
-)
-def test_a_mistake_gets_one_line_and_exit_code_2(tmp_path, arguments, line):
-    done = command("train", *arguments, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith(line) and done.stderr.count("\n") == 1
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_a_bug_keeps_its_traceback(tmp_path):
-    (tmp_path / "buggy.py").write_text(
-        "from tnt_lightning.cli import command\n@command()\ndef main(config):\n    raise ValueError('a bug')\nmain()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "buggy.py", f"hydra.run.dir={tmp_path}"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1 and "Traceback" in done.stderr and "ValueError: a bug" in done.stderr
-
-
-def test_a_mistake_keeps_its_traceback_for_who_asks(tmp_path):
-    env = {**os.environ, "HYDRA_FULL_ERROR": "1"}
-    line = [sys.executable, "-m", "tnt_lightning.train", "ablation=se", f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1 and "Traceback" in done.stderr

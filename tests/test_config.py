@@ -1,15 +1,12 @@
-"""Every file of conf/ composes and builds; knobs reach their layer; mistakes get one line."""
+"""Every file of conf/ composes and builds; knobs reach their layer."""
 
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning import CONF, create_model
 from tnt_lightning.build import build_classifier, build_data
-from tnt_lightning.cli import answer
 from tnt_lightning.config import KNOBS, check
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, model_names
@@ -167,79 +164,3 @@ def test_top_level_knobs_reach_the_layers(model):
     assert build("se=true").blocks[0].outer.se is not None
     assert not hasattr(build("tnt_blocks=[1]").blocks[1], "inner")
     assert build(f"image_size={2 * side}").grid_size == (2 * side // build().patch_size,) * 2
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["model.inner_heads=3"], "model.inner_heads=3 is at odds with inner_heads=2; set inner_heads alone"),
-        (["+heads=3"], "heads=3: no such key; did you mean inner_heads"),
-        (["model=deit_s", "+inner_heads=2"], "model=deit_s has no such knob; models that have it: tnt_b, tnt_digits, tnt_s, tnt_ti"),
-    ],
-)
-def test_a_knob_that_would_not_bite_is_refused(overrides, message):
-    model = next((o.split("=")[1] for o in overrides if o.startswith("model=")), "tnt_digits")
-    with pytest.raises(UserError, match=message):
-        check(compose(*overrides), model)
-
-
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("trainer.max_epochs=0", "trainer.max_epochs=0 is not a whole number from 1 up"),
-        ("trainer.accumulate_grad_batches=0", "whole number from 1 up"),
-        ("optimizer.lr=abc", "optimizer.lr=abc is not a number from 0 up"),
-        ("recipe.warmup_epochs=null", "recipe.warmup_epochs=null is not a number from 0 up"),
-        ("recipe.ema_decay=1.5", "recipe.ema_decay=1.5 is not a number from 0 to 1 or null"),
-        ("recipe.label_smoothing=2", "from 0 to 1"),
-        ("recipe.threads=-1", "recipe.threads=-1"),
-        ("recipe.interpolation=cubic", "recipe.interpolation=cubic is not one of nearest, bilinear, bicubic, lanczos"),
-        ("seed=-1", "seed=-1 is not a whole number from 0 to"),
-        ("+recipe.foo=1", "recipe.foo=1: no such key; there are epochs, batch_size"),
-    ],
-)
-def test_a_value_out_of_range_is_refused(override, message):
-    with pytest.raises(UserError, match=message):
-        check(compose(override), "tnt_digits")
-
-
-@pytest.mark.parametrize(
-    "overrides, line",
-    [
-        (
-            ["inner_heads=2", "model=deit_s"],
-            "inner_heads=2: model=deit_s has no such knob; models that have it: tnt_b, tnt_digits, tnt_s, tnt_ti",
-        ),
-        (["modle.depth=3"], "modle.depth=3: no such key; did you mean model.depth"),
-        (["optimizer.lrr=1"], "optimizer.lrr=1: no such key; did you mean optimizer.lr"),
-        (["model=tnt_xl"], "model=tnt_xl not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"),
-        (["data=cifar"], "data=cifar not found; available: digits, imagenet"),
-        (["data.root=~/images"], "data.root=~/images: Hydra does not read such a value bare; quote it: data.root=\"'~/images'\""),
-        (["data.root=/a=b"], "data.root=/a=b: Hydra does not read such a value bare; quote it: data.root=\"'/a=b'\""),
-        (["inner_heads"], "inner_heads: not of the form KEY=VALUE"),
-        (
-            ["inner_heads=1,2"],
-            "inner_heads=1,2: several values are a sweep; start it with -m first: python -m tnt_lightning.train -m inner_heads=1,2",
-        ),
-        (["recipe.lr=0.001"], "recipe.lr is a rate for each optimizer; set optimizer.lr"),
-    ],
-)
-def test_composition_errors_become_one_line_without_a_plus(overrides, line):
-    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
-        resolved(*overrides)
-    said = answer(caught.value, overrides)
-    assert said.startswith(line) and "\n" not in said and "+" not in said
-
-
-@pytest.mark.parametrize(
-    "overrides, message",
-    [
-        (["recipe.warmup_epochs=60"], "recipe.warmup_epochs=60 is not shorter than trainer.max_epochs=60"),
-        (["inner_heads=5"], "inner_heads=5 does not divide inner_dim=24"),
-        (["+model.foo=1"], "model.foo=1: no such knob; TNT has attn_drop_rate"),
-        (["model=deit_s", "+model.foo=1"], "model.model_name=deit_small_patch16_224: .*foo"),
-    ],
-)
-def test_values_that_cannot_train_are_refused(overrides, message):
-    with pytest.raises(UserError, match=message):
-        build_classifier(resolved(*overrides))

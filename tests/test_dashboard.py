@@ -309,7 +309,7 @@ def test_the_project_of_the_environment_wins_over_the_default(nobody):
     ("logger.project=null", "logger.project=null is not a name"),
     ("logger.group=3", "logger.group=3 is not text or null; quote it: logger.group=\"'3'\""),
     ("logger.tags=a", "logger.tags=a is not a list of texts"),
-    ("+logger.log_model=true", "logger.log_model=true: no such key; there are name, mode, project"),
+    ("+logger.log_model=true", "logger.log_model=true: no such key; did you mean logger.mode?"),
     ("logger.name=tensorboard", "logger.name=tensorboard is not one of wandb, csv, none"),
 ])  # fmt: skip
 def test_a_bad_value_gets_a_line(override, answer):

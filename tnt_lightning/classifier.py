@@ -97,7 +97,7 @@ class Classifier(L.LightningModule):
     def configure_optimizers(self):
         total = int(self.trainer.estimated_stepping_batches)
         if total < 1:
-            raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_epochs")
+            raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
         # torch's fused step may unscale gradients itself, so Lightning does not clip before it under mixed precision.
         clips_mixed = self.trainer.gradient_clip_val and str(self.trainer.precision).endswith("-mixed")
         optimizer = self.make_optimizer(fused=not clips_mixed)

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning import CONF
-from tnt_lightning.config import KNOBS, keys_of, models_with
+from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
 from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import KINDS
 
@@ -32,7 +32,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
     """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose."""
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
-        begun: list[bool] = []  # an OSError before the task is of the run directory, a later one may be a bug
+        begun: list[bool] = []  # before the task, other errors than ours are the user's too; in it, they are bugs
 
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
@@ -57,11 +57,11 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
             except (UserError, HydraException, OmegaConfBaseException) as error:
-                if _with_tracebacks():
+                if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise
                 fail(answer(error))
             except OSError as error:
-                if begun or _with_tracebacks():
+                if _with_tracebacks() or begun:
                     raise
                 fail(f"{error.filename}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir")
 
@@ -115,7 +115,7 @@ def answer(error: Exception, overrides: list[str] | None = None) -> str:
         quoted = f"Hydra does not read such a value bare; quote it: {key}=\"'{value}'\""
         return f"{error.override}: {quoted if equals else 'not of the form KEY=VALUE'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
-        return f"{match[1]}: several values are a sweep; start it with -m first: python -m tnt_lightning.train -m {match[1]}"
+        return f"{match[1]}: several values are a sweep; start it with -m first: {as_sweep()}"
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
     return " ".join(text.split("\n")[0].split())

@@ -7,6 +7,7 @@ them on to the model.
 import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -86,10 +87,16 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
                 raise UserError(f"{key}={text(OmegaConf.select(config, key))}: no such key{cure}")
 
 
+def as_sweep() -> str:
+    """The command line that this process was called by, as a sweep."""
+    script = Path(sys.argv[0])
+    called = [script.name] if script.name.startswith("tnt-") else ["python", "-m", f"tnt_lightning.{script.stem}"]
+    return shlex.join([*called, "-m", *(arg for arg in sys.argv[1:] if not arg.startswith("hydra."))])
+
+
 def refuse_ablation_in_a_single_run(ablation: str | None) -> None:
     if ablation is not None:
-        command = shlex.join(["python", "-m", "tnt_lightning.train", "-m", *(arg for arg in sys.argv[1:] if not arg.startswith("hydra."))])
-        raise UserError(f"ablation={ablation} is a sweep of several runs; start it with -m: {command}")
+        raise UserError(f"ablation={ablation} is a sweep of several runs; start it with -m: {as_sweep()}")
 
 
 def refuse_ablation_of_swept_models(ablation: str | None) -> None:

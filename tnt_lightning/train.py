@@ -85,7 +85,9 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     callbacks.append(Last(folder))  # after Best, whose state it holds
     trainer = build_trainer(config, run=run, callbacks=callbacks, dashboard=dashboard)
     data.trainer = trainer
-    data.train_dataloader()  # what does not fit is said here, before anything is written
+    loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
+    if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
+        raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
     with dashboard:
         if trainer.is_global_zero:
             runs.start(run, config)
