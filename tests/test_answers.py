@@ -38,7 +38,8 @@ MISTAKES = {
     "+recipe.foo=1": "recipe.foo=1: no such key; there are epochs, batch_size",
     "+optimizer.foo=1": "optimizer.foo=1: no such key; adamw takes no such argument",
     "model=deit_s +model.foo=1": "model.model_name=deit_small_patch16_224: ",
-    "trainer.max_steps=9": "trainer.max_steps=9: not among the arguments that conf/trainer/ names; +trainer.max_steps=9 hands it to",
+    "trainer.limit_val_batches=9": "trainer.limit_val_batches=9: not among the arguments that conf/trainer/ names; +trainer.limit_val",
+    "trainer.max_epoch=9": "trainer.max_epoch=9: not among the arguments that conf/trainer/ names; did you mean trainer.max_epochs?; +",
     "recipe.augmentation.mixup=1": "recipe.augmentation.mixup=1: not set in this configuration; +recipe.augmentation.mixup=1 adds it",
     # an unknown option, with the list
     "model=tnt_xl": f"model=tnt_xl not found; available: {MODELS}",

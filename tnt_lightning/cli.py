@@ -38,7 +38,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
         def job(config: DictConfig) -> Any:
             begun.append(True)
             try:
-                _resolve(config)
+                _resolve(config, config_name)
                 return task(config)
             except UserError as error:
                 if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
@@ -59,7 +59,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise
-                fail(answer(error))
+                fail(answer(error, config_name=config_name))
             except OSError as error:
                 if _with_tracebacks() or begun:
                     raise
@@ -70,12 +70,12 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
     return decorate
 
 
-def _resolve(config: DictConfig) -> None:
+def _resolve(config: DictConfig, config_name: str) -> None:
     """Before the task, in which an error of OmegaConf would be a bug."""
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise UserError(answer(error)) from error
+        raise UserError(answer(error, config_name=config_name)) from error
 
 
 def _refuse_to_write_over_a_run() -> None:
@@ -96,7 +96,7 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def answer(error: Exception, overrides: list[str] | None = None) -> str:
+def answer(error: Exception, overrides: list[str] | None = None, *, config_name: str = "config") -> str:
     """One line for a user's mistake: the key or file, the value, the cure. The overrides are those of the command line."""
     if overrides is None:
         overrides = [arg for arg in sys.argv[1:] if "=" in arg]
@@ -104,7 +104,7 @@ def answer(error: Exception, overrides: list[str] | None = None) -> str:
     if isinstance(error, UserError):
         return text
     if match := re.search(r"Could not override '([^']+)'\.", text):
-        return _unknown_key(match[1], overrides)
+        return _unknown_key(match[1], overrides, config_name)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':\n((?:\t.*\n?)*)", text):
         group, name, options = match.groups()
         return f"{group}={name} not found; available: {', '.join(option for option in options.split() if not option.startswith('_'))}"
@@ -121,28 +121,29 @@ def answer(error: Exception, overrides: list[str] | None = None) -> str:
     return " ".join(text.split("\n")[0].split())
 
 
-def _unknown_key(key: str, overrides: list[str]) -> str:
+def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:
     given = next((arg for arg in overrides if arg.lstrip("+~").split("=")[0] == key), key)
     if key in KNOBS:
         model = next((arg.split("=")[1] for arg in overrides if arg.startswith("model=")), None)
         return (
             f"{given}: {f'model={model}' if model else 'this model'} has no such knob; models that have it: {', '.join(models_with(key))}"
         )
-    if key.startswith("trainer.") and not given.startswith("+"):
-        return f"{given}: not among the arguments that conf/trainer/ names; +{given} hands it to lightning.Trainer"
     if key in KINDS and not given.startswith("+"):
         return f"{given}: not set in this configuration; +{given} adds it"
-    known = _known_keys([arg for arg in overrides if arg != given])
+    known = _known_keys([arg for arg in overrides if arg != given], config_name)
+    if key.startswith("trainer."):
+        near = did_you_mean(key, known, "").rstrip("; ")
+        return f"{given}: not among the arguments that conf/trainer/ names{near}; +{given} hands it to lightning.Trainer"
     return f"{given}: no such key{did_you_mean(key, known, '--cfg job shows them all')}"
 
 
-def _known_keys(overrides: list[str]) -> list[str]:
+def _known_keys(overrides: list[str], config_name: str) -> list[str]:
     """Every dotted key of the configuration that the other overrides compose, and every group; none where they do not compose either."""
     GlobalHydra.instance().clear()
     place = next((sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("--config-dir", "-cd")), None)
     path = [f"hydra.searchpath=[file://{Path(place).resolve()}]"] if place else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return list(keys_of(hydra.compose("config", [*path, *(arg for arg in overrides if not arg.startswith("hydra.run"))])))
+            return list(keys_of(hydra.compose(config_name, [*path, *(arg for arg in overrides if not arg.startswith("hydra.run"))])))
     except (HydraException, OmegaConfBaseException):
         return []
