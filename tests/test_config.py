@@ -96,7 +96,7 @@ def test_create_model_takes_knobs_and_names_what_it_does_not_know():
     assert model.blocks[0].inner.attn.num_heads == 2 and model.head.out_features == 7 and model.word_embed.proj.in_channels == 1
     with pytest.raises(UserError, match="'tnt_x' not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"):
         create_model("tnt_x")
-    with pytest.raises(UserError, match="model.heads=2: no such knob; did you mean (inner_heads|outer_heads)"):
+    with pytest.raises(UserError, match="model.heads=2: no such knob; did you mean model.(inner|outer)_heads"):
         create_model("tnt_s", heads=2)
 
 

@@ -88,6 +88,7 @@ def test_every_format_gives_the_same_logits(tmp_path, timms, format):
     WRITERS[format](theirs.state_dict(), tmp_path / format)
     loaded = load_weights(ours, tmp_path / format)
     assert loaded.changes == [] and loaded.published == (81.5, "tnt_s") and loaded.epochs is None
+    assert loaded.name == f"{tmp_path / format}{' (state_dict_ema)' if format.startswith('trainer') else ''}"
     assert loaded.preprocessing == dict(mean=[0.5] * 3, std=[0.5] * 3, crop_pct=0.9, interpolation="bicubic")
     batch = torch.randn(2, 3, 224, 224)
     with torch.no_grad():

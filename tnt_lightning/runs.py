@@ -36,15 +36,22 @@ def finish(run: Path, result: dict[str, Any]) -> None:
 def config_of(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     try:
-        return yaml.safe_load(file.read_text())
+        config = yaml.safe_load(file.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{run} is not a run directory: {file} cannot be read ({_first_line(error)})") from None
+    if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data", "recipe", "trainer")):
+        raise UserError(f"{file} is not the configuration of a run")
+    return config
 
 
 def result_of(run: Path) -> dict[str, Any]:
     """result.json; empty while the run is not finished."""
     file = run / "result.json"
-    return json.loads(file.read_text()) if file.exists() else {}
+    try:
+        result = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({_first_line(error)}); name a checkpoint: {run}/checkpoints/last.ckpt") from None
+    return result if isinstance(result, dict) else {}
 
 
 def checkpoint_path(run: Path, name: str) -> Path:

@@ -12,7 +12,7 @@ from tnt_lightning.models.tnt import TNT, Explanation
 __all__ = ["TNT", "Explanation", "build_model", "create_model"]
 
 
-def build_model(*, _target_: str, **knobs: Any) -> nn.Module:
+def build_model(*, _target_: str = "", **knobs: Any) -> nn.Module:
     """The backbone that a config's `model` section describes. ValueError for knobs that do not fit, or a target that is not known.
 
     Only the names below are built: a config that came with somebody's run directory must not choose what code runs.

@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from math import isqrt
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -132,15 +131,16 @@ def _read(model: nn.Module, source: str) -> _Found:
     knobs, preprocessing, published, epochs = {}, _preprocessing(model), None, None
     if "pytorch-lightning_version" in content:
         state = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
-        epochs = int(content["epoch"]) + 1
+        epochs = int(content.get("epoch", -1)) + 1
         if (file.parent.parent / "config.yaml").exists():
             config = runs.config_of(file.parent.parent)
-            knobs, preprocessing = config["model"], {name: config["data"][name] for name in PREPROCESSING}
+            knobs, preprocessing = config["model"], _preprocessing(config["data"])
     elif twin := _twin(model):
         published = (_card(twin)["top1"], twin)
     if not state:
         raise UserError(f"{file}: holds no weights of a backbone")
-    return _Found(str(file), clean_state_dict(state), knobs, preprocessing, published, epochs)
+    name = f"{file} ({wrapper})" if wrapper in ("state_dict_ema", "model_ema") else str(file)
+    return _Found(name, clean_state_dict(state), knobs, preprocessing, published, epochs)
 
 
 def _open(file: Path) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _open(file: Path) -> dict[str, Any]:
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, which timm's and the official trainer add
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, UnpicklingError, RuntimeError, EOFError, KeyError, SafetensorError) as error:
+    except Exception as error:  # of whatever bytes these are
         raise UserError(f"{file}: not a file of tensors and plain data, or a damaged one ({_first_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__}, not weights by name")
