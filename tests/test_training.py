@@ -277,6 +277,8 @@ def test_resume_of_a_moved_run_keeps_its_best_checkpoint_and_takes_the_new_plan(
 
 
 def test_resume_says_what_it_cannot_continue(tmp_path, finished):
+    shutil.copytree(finished, tmp_path / "without")
+    runs.checkpoint_path(tmp_path / "without", "best").unlink()
     for overrides, message in (
         ([f"resume={finished}"], "trained for 2 epochs already; raise recipe.epochs"),
         ([f"resume={finished}", "recipe.epochs=3", "words_per_patch=16"], "weights of another network"),
@@ -284,6 +286,8 @@ def test_resume_says_what_it_cannot_continue(tmp_path, finished):
         ([f"resume={finished}", "recipe.epochs=3", "seed=1"], "seed=1: the run to continue had 0"),
         ([f"resume={finished}", "recipe.epochs=3", "data.batch_size=32"], "data.batch_size=32: the run to continue had 64"),
         ([f"resume={finished}", "recipe.epochs=3", "recipe.ema_decay=null"], "an average"),
+        ([f"resume={finished}", "recipe.epochs=3", "optimizer=sgd"], "optimizer.opt=sgd: the run to continue had adamw"),
+        ([f"resume={tmp_path / 'without'}", "recipe.epochs=3"], "best.ckpt is missing beside last.ckpt"),
     ):
         with pytest.raises(UserError, match=message):
             train(tmp_path / "run", *overrides)

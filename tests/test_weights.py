@@ -15,16 +15,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 
-from tnt_lightning import create_model, load_run, load_weights
+from tnt_lightning import create_model, load_run, load_weights, runs
 from tnt_lightning.errors import UserError
+from tnt_lightning.evaluate import evaluate_weights
 from tnt_lightning.models import model_names
 from tnt_lightning.models.weights import _card
 
-from .conftest import PAPER, command, train
+from .conftest import PAPER, command, resolved, train
 
 TWINS = {"tnt_s": "tnt_s_patch16_224", "tnt_b": "tnt_b_patch16_224"}
 # timm's names -> those of the official code, as timm itself renames them the other way round on loading.
@@ -202,6 +204,22 @@ def test_heads_change_the_network_though_no_shape(finished):
         load_weights(create_model("tnt_digits", in_chans=1, num_classes=10, inner_heads=4), finished)
 
 
+def test_arguments_of_timms_networks_change_them_though_no_shape(tmp_path, finished):
+    small = ("data=digits", "model=deit_s", "image_size=16", "+model.embed_dim=24", "+model.depth=1")
+    train(tmp_path / "run", *small, "+model.num_heads=2", "+trainer.limit_train_batches=1")
+    knobs = dict(img_size=16, embed_dim=24, depth=1, in_chans=1, num_classes=10)
+    load_weights(create_model("deit_s", **knobs, num_heads=2), tmp_path / "run")
+    with pytest.raises(UserError, match=r"another network \(num_heads=2, the model has 3\)"):
+        load_weights(create_model("deit_s", **knobs, num_heads=3), tmp_path / "run")
+    with pytest.raises(UserError, match="this network is none of them"):
+        load_weights(create_model("deit_s", num_heads=12), "released")
+
+
+def test_another_pooling_is_said(finished):
+    model = create_model("tnt_digits", in_chans=1, num_classes=10, global_pool="avg")
+    assert load_weights(model, finished).changes == ["global_pool is 'avg', theirs was 'token'"]
+
+
 def test_timms_legacy_network_is_refused_by_name(tmp_path):
     torch.save(timm.create_model("tnt_s_legacy_patch16_224").state_dict(), tmp_path / "file.pth")
     for source in (tmp_path / "file.pth", "hf-hub:timm/tnt_s_legacy_patch16_224.in1k"):
@@ -209,28 +227,101 @@ def test_timms_legacy_network_is_refused_by_name(tmp_path):
             load_weights(create_model("tnt_s"), source)
 
 
-def test_what_is_no_file_of_weights_is_said(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return (tmp_path.joinpath("exploded").touch, ())
+class Bomb:
+    """Makes a file where it is unpickled."""
 
-    model = create_model("tnt_digits")
-    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
-    torch.save({"note": "nothing"}, tmp_path / "empty.pth")
-    torch.save([1, 2], tmp_path / "list.pth")
-    for name, message in (
-        ("bomb.pth", "not a file of tensors and plain data"),
-        ("cut.safetensors", "not a file of tensors and plain data, or a damaged one"),
-        ("empty.pth", "holds no weights"),
-        ("list.pth", "holds a list, not weights by name"),
-        ("none.pth", "no such run directory or file"),
-    ):
-        with pytest.raises(UserError, match=f"{name}: {message}"):
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (self.file.touch, ())
+
+
+def test_what_is_no_file_of_weights_is_said(tmp_path, finished):
+    model = create_model("tnt_digits", in_chans=1, num_classes=10)
+    state = model.state_dict()
+
+    def with_(name, tensor):
+        return state | {name: tensor}
+
+    inside, words = torch.load(runs.checkpoint_path(finished, "best"), weights_only=True), state["word_position"]
+    files = {
+        "bomb.pth": (
+            {"state_dict": Bomb(tmp_path / "exploded")},
+            "not a file of tensors and plain data, or a damaged one (UnpicklingError)",
+        ),
+        "text.pth": (b"hello", "not a file of tensors and plain data"),
+        "nothing.pth": (b"", "not a file of tensors and plain data"),
+        "cut.safetensors": (b"\x10\0\0\0\0\0\0\0{", "not a file of tensors and plain data, or a damaged one"),
+        "empty.pth": ({"note": "nothing"}, "holds no tensors by name"),
+        "numbers.pth": ({1: torch.zeros(2)}, "holds no tensors by name"),
+        "list.pth": ([1, 2], "holds a list, not weights by name"),
+        "nan.pth": (with_("head.bias", torch.full((10,), torch.nan)), "head.bias holds numbers that are complex, infinite or not numbers"),
+        "whole.pth": (with_("head.bias", torch.zeros(10, dtype=torch.int64)), "of another kind of number: head.bias torch.int64"),
+        "sparse.pth": (with_("head.weight", state["head.weight"].to_sparse()), "head.weight is no dense tensor"),
+        "twice.pth": (with_("inner_pos", words), "holds word_position twice, under two names"),
+        "scalar.pth": (with_("head.weight", torch.tensor(1.0)), "of another shape: head.weight () for (10, 96)"),
+        "point.pth": (with_("sentence_position", torch.zeros(1, 1, 96)), "of another shape: sentence_position (1, 1, 96) for (1, 5, 96)"),
+        "flat.pth": ({"pixel_pos": torch.zeros(4)}, "weights of another network"),
+        "other.ckpt": ({**inside, "state_dict": {"net.weight": torch.zeros(2)}}, "a Lightning checkpoint, but not of tnt_lightning"),
+        "moved.ckpt": (inside, "config.yaml cannot be read"),
+    }
+    for name, (content, message) in files.items():
+        if isinstance(content, bytes):
+            (tmp_path / name).write_bytes(content)
+        else:
+            torch.save(content, tmp_path / name)
+        with pytest.raises(UserError) as caught:
             load_weights(model, tmp_path / name)
-    with pytest.raises(UserError, match=r"https://example.org/x.pth: a URL is not loaded from"):
-        load_weights(model, "https://example.org/x.pth")
+        said = str(caught.value)
+        assert message in said and "\n" not in said and "weights_only" not in said, name
+    for source, message in (
+        (tmp_path / "none.pth", "none.pth: no such run directory or file"),
+        ("~nosuchuser/x.pth", "no path of a file"),
+        ("https://example.org/x.pth", "https://example.org/x.pth: a URL is not loaded from"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_weights(model, source)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_safetensors_file_is_one_by_any_name(tmp_path):
+    model = create_model("tnt_digits")
+    save_file(model.state_dict(), tmp_path / "model.bin")
+    assert load_weights(create_model("tnt_digits"), tmp_path / "model.bin").changes == []
+
+
+def test_a_hostile_run_directory_executes_nothing(tmp_path, finished):
+    """timm's own loading of a file, which in older versions unpickles, is no knob of a model."""
+    torch.save(Bomb(tmp_path / "exploded"), tmp_path / "bomb.pth")
+    config = runs.config_of(finished)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").write_bytes(runs.checkpoint_path(finished, "last").read_bytes())
+    for knob in ("checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir"):
+        config["model"] = {"_target_": "timm.create_model", "model_name": "deit_small_patch16_224", knob: str(tmp_path / "bomb.pth")}
+        (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+        with pytest.raises(UserError, match=f"model.{knob}=.*: a model is built without weights"):
+            load_run(tmp_path / "run")
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.yaml", "", "is not the configuration of a run"),
+        ("config.yaml", "model: x", "is not the configuration of a run"),
+        ("config.yaml", "a: [", "config.yaml cannot be read"),
+        ("result.json", "{", "result.json is damaged"),
+    ],
+)
+def test_a_damaged_run_directory_is_said(tmp_path, finished, file, content, message):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "result.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        (tmp_path / "run" / name).write_bytes((finished / name).read_bytes())
+    (tmp_path / "run" / file).write_text(content)
+    for use in (load_run, lambda run: load_weights(create_model("tnt_digits", in_chans=1, num_classes=10), run)):
+        with pytest.raises(UserError, match=message):
+            use(tmp_path / "run")
 
 
 # ---- released
@@ -338,11 +429,34 @@ def test_evaluate_measures_with_the_weights_own_pixels_beside_the_published_figu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deit.pth"], "measuring leaves nothing behind"
 
 
-def test_evaluate_refuses_a_head_of_other_classes_and_keeps_what_is_given(tmp_path, finished):
-    done = command("evaluate", f"weights={finished}", "data.crop_pct=0.5", cwd=tmp_path)
-    assert "crop_pct 0.5" in done.stdout and "mean 0.0" in done.stdout and done.returncode == 0, done.stderr
-    done = command("evaluate", f"weights={finished}", "data.num_classes=11", cwd=tmp_path)
-    assert done.returncode == 2 and "head starts anew: 10 classes there, 11 here; fine-tune the weights first" in done.stderr
+def test_evaluate_refuses_a_head_of_other_classes(tmp_path, finished):
+    with pytest.raises(UserError, match="head starts anew: 10 classes there, 11 here; fine-tune the weights first"):
+        evaluate_weights(resolved(f"weights={finished}", "data.num_classes=11"), set())
+
+
+@pytest.mark.parametrize("override", ["++data.crop_pct=0.5", "recipe.crop_pct=0.5"])
+def test_what_is_given_stays_as_given(tmp_path, finished, override):
+    done = command("evaluate", f"weights={finished}", override, cwd=tmp_path)
+    assert done.returncode == 0 and "crop_pct 0.5" in done.stdout and "mean 0.0" in done.stdout, done.stderr
+
+
+def test_the_published_figure_stands_beside_the_benchmark(tmp_path, thousand, capsys):
+    """Where a validation part is carved out of training, ImageNet's own is the test."""
+    torch.save(shaken("deit_small_patch16_224").state_dict(), tmp_path / "deit.pth")
+    few = (
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "+trainer.limit_val_batches=1",
+        "+trainer.limit_test_batches=1",
+        "data.num_classes=1000",
+    )
+    for label in range(1000):  # two training images a class, as one is carved out
+        image = thousand / "train" / f"n{label:08}" / "0.JPEG"
+        (image.parent / "1.JPEG").write_bytes(image.read_bytes())
+    carved = ("model=deit_s", "data=imagenet", f"data.root={thousand}", f"weights={tmp_path / 'deit.pth'}", "data.val_fraction=0.5")
+    evaluate_weights(resolved(*carved, *few), set())
+    rows = [line for line in capsys.readouterr().out.splitlines() if "/top1" in line]
+    assert [("79.8" in row) for row in rows] == [False, True] and "test/top1" in rows[1]
 
 
 # ---- train

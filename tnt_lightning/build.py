@@ -77,9 +77,11 @@ def build_trainer(
     )
     if both := sorted(arguments.keys() & ours.keys()):
         raise UserError(f"trainer.{both[0]}={arguments[both[0]]}: set by the framework itself; leave it out")
+    if arguments.get("fast_dev_run"):
+        raise UserError("trainer.fast_dev_run: it writes no checkpoint to take figures of; trainer=debug runs a few batches of everything")
     try:
         return L.Trainer(**arguments, **ours)
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 

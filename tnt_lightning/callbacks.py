@@ -68,6 +68,8 @@ class Best(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The state's own paths are not used: the run may have been moved since."""
         assert self.continued is not None and self.dirpath is not None
+        if state_dict["best_model_score"] is None:  # cut off before its first validation
+            return
         ours = Path(self.dirpath, "best.ckpt")
         _copy(self.continued / "best.ckpt", ours)
         places = dict(best_model_path=str(ours), kth_best_model_path=str(ours), best_k_models={str(ours): state_dict["best_model_score"]})

@@ -92,7 +92,7 @@ class Classifier(L.LightningModule):
                 raise UserError(
                     f"optimizer.opt={opt}: timm has no such optimizer{did_you_mean(opt, names, 'the paper has adamw')}"
                 ) from None
-            raise UserError(f"optimizer={self.optimizer}: {error}") from None
+            raise UserError(f"optimizer ({opt}): {error}") from None
 
     def configure_optimizers(self):
         total = int(self.trainer.estimated_stepping_batches)

@@ -3,6 +3,7 @@
 Anything else that goes wrong is a bug and keeps its traceback and exit code 1; HYDRA_FULL_ERROR=1 shows it for mistakes too.
 """
 
+import contextlib
 import functools
 import logging
 import os
@@ -19,6 +20,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from tnt_lightning import CONF
 from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
@@ -46,6 +48,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
                     raise
                 if _with_tracebacks():
                     raise
+                _clear(Path(HydraConfig.get().runtime.output_dir))
                 fail(str(error))
 
         @functools.wraps(task)
@@ -60,14 +63,44 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
                 if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise
                 fail(answer(error, config_name=config_name))
-            except OSError as error:
+            except (OSError, ValueError, TypeError, YAMLError) as error:
                 if _with_tracebacks() or begun:
                     raise
-                fail(f"{error.filename}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir")
+                fail(_not_composed(error))
 
         return main
 
     return decorate
+
+
+def _clear(run: Path) -> None:
+    """Take away what Hydra wrote for a run that was refused; what lay there before stays."""
+    if (run / "config.yaml").exists() or "LOCAL_RANK" in os.environ:
+        return
+    logging.shutdown()
+    with contextlib.suppress(OSError):  # not ours alone, or still open
+        for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
+            (run / ".hydra" / name).unlink(missing_ok=True)
+        for log in run.glob("*.log"):
+            if not log.stat().st_size:
+                log.unlink()
+        for folder in (run / ".hydra", run, run.parent):
+            folder.rmdir()
+
+
+def _not_composed(error: Exception) -> str:
+    """Of what Hydra does not answer itself, before the task: group=null, a broken file of one's own, a run directory."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name.removeprefix('file://')}, line {error.problem_mark.line + 1}: {error.problem}"
+    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+    for arg in sys.argv[1:]:
+        group, _, value = arg.partition("=")
+        if group in groups and (value in ("", "null") or value.startswith(("[", "{"))):
+            options = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
+            return f"{arg}: {group}= takes the name of a file: {', '.join(options)}"
+    return f"not composed: {' '.join(str(error).split())}"
 
 
 def _resolve(config: DictConfig, config_name: str) -> None:

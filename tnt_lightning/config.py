@@ -39,6 +39,7 @@ def check(config: DictConfig, model: str) -> None:
 
     model: its name, for the message
     """
+    _refuse_missing_keys(config)
     _refuse_unknown_keys(config)
     for key, kind in KINDS.items():
         missing = object()
@@ -67,6 +68,27 @@ def check(config: DictConfig, model: str) -> None:
         raise UserError(f"{sizes}; set image_size alone")
 
 
+def _refuse_missing_keys(config: DictConfig) -> None:
+    """What `~KEY` took away, or a file of one's own did not set."""
+    needed = {
+        "model": ["_target_"],
+        "data": ["_target_", "num_classes", *map(str, OmegaConf.load(CONF / "data" / "_shared.yaml"))],
+        "optimizer": ["opt", "lr", "weight_decay"],
+        "recipe": [*map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))],
+        "trainer": [*map(str, OmegaConf.load(CONF / "trainer" / "default.yaml"))],
+        "logger": ["name"],
+    }
+    for section, keys in needed.items():
+        if not isinstance(config.get(section), DictConfig):
+            raise UserError(f"{section}: missing, or not a section of keys; a run needs {section}=NAME")
+        for key in keys:
+            if key not in config[section]:
+                raise UserError(f"{section}.{key}: missing; a run needs it")
+    for key in ("seed", "image_size", "weights", "resume"):
+        if key not in config:
+            raise UserError(f"{key}: missing; a run needs it")
+
+
 def _refuse_unknown_keys(config: DictConfig) -> None:
     """Of the sections that are read here; models, data sets, optimizers and the Trainer know their own arguments."""
     logger = f"{config.logger.name}.yaml" if config.logger.get("name") in ("csv", "none") else "wandb.yaml"
@@ -80,6 +102,8 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
     for section, known in readers.items():
         node = OmegaConf.select(config, section.rstrip(".")) if section else config
         for name in map(str, node) if isinstance(node, DictConfig) else ():
+            if not section and name not in known and (CONF / name).is_dir():
+                raise UserError(f"{name}={text(node[name])}: a file of {name}/ begins with the line `# @package _global_`")
             if name not in known:
                 key = [section + name, *keys_of(node[name], section + name + ".")][-1]
                 here = [section + other for other in known] if section else [k for k in keys_of(config) if k.split(".")[0] in KEYS]
@@ -112,7 +136,14 @@ def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
     plans = []
     for config in (before, now):
         data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
-        plans.append({"seed": config["seed"], **data, "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"])})
+        plans.append(
+            {
+                "seed": config["seed"],
+                "optimizer.opt": config["optimizer"]["opt"],
+                **data,
+                "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"]),
+            }
+        )
     for key, value in plans[1].items():
         if plans[0].get(key) != value:
             raise UserError(f"{key}={value}: the run to continue had {plans[0].get(key)}; give the same, or start from its weights=")

@@ -25,14 +25,17 @@ def main(config: DictConfig) -> None:
     hydra = HydraConfig.get()
     given = list(hydra.overrides.task)
     plain: Any = OmegaConf.to_container(config)
-    if plain.pop("run") is not None:
-        evaluate_run(config.run, [override for override in given if not override.startswith("run=")])
+    run = plain.pop("run")
+    if run is not None:
+        evaluate_run(str(run), [override for override in given if not override.startswith("run=")])
         return
     if config.weights is None:
         raise UserError("nothing to measure; name a run, run=outputs/..., or weights for a model: model=tnt_s weights=released data=...")
+    if config.resume is not None or hydra.runtime.choices.get("ablation") is not None:
+        raise UserError("resume= and ablation= are of training; evaluate takes run=, or model=, weights= and data=")
     check(OmegaConf.masked_copy(config, list(plain)), hydra.runtime.choices["model"])
-    kept = {override.partition("=")[0].lstrip("+").split(".")[-1] for override in given if override.startswith(("data.", "recipe."))}
-    evaluate_weights(plain, kept)
+    keys = (override.key_or_group.split(".") for override in OverridesParser.create().parse_overrides(given))
+    evaluate_weights(plain, {key[-1] for key in keys if key[0] in ("data", "recipe")})
 
 
 def evaluate_run(run: str, overrides: list[str]) -> Figures:
@@ -55,6 +58,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
             OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         except OmegaConfBaseException:
             raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+    check(config, "the run's")
     plain: Any = OmegaConf.to_container(config)
 
     data, classifier = build_data(plain), build_classifier(plain)
@@ -64,7 +68,9 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     figures, trainer = _measure(plain, classifier, data)
     if trainer.is_global_zero:
         print(f"weights {file}")
-        _table(figures, "recorded", {name: recorded[prefix + name] for name in figures if prefix + name in recorded})
+        _table(
+            figures, "recorded", {name: recorded[prefix + name] for name in figures if isinstance(recorded.get(prefix + name), int | float)}
+        )
         here = {"device": runs.origin()["device"], "devices": trainer.world_size, "precision": trainer.precision}
         for name, now in here.items():
             if recorded.get(name, now) != now:
@@ -93,9 +99,10 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
     if trainer.is_global_zero:
         show.start_from(loaded)
         print("pixels " + ", ".join(f"{name} {config['data'][name]}" for name in loaded.preprocessing))
-        if loaded.published and isinstance(data, ImageNet):
+        if loaded.published and isinstance(data, ImageNet) and data.parts is not None:
             top1, model = loaded.published
-            _table(figures, f"published ({model})", {"val/top1": top1})
+            benchmark = "val/top1" if data.parts.test is None else "test/top1"  # where val is carved out of training
+            _table(figures, f"published ({model})", {benchmark: top1})
         else:
             _table(figures)
     return figures
@@ -109,6 +116,7 @@ def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataM
     trainer = build_trainer(config)
     data.trainer = trainer
     data.setup()
+    data.val_dataloader(), data.test_dataloader()  # what does not fit is said here, before other processes start
     return evaluate(trainer, classifier, data), trainer
 
 

@@ -37,7 +37,7 @@ def config_of(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{run} is not a run directory: {file} cannot be read ({_first_line(error)})") from None
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data", "recipe", "trainer")):
         raise UserError(f"{file} is not the configuration of a run")
@@ -69,7 +69,7 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
         return path.parent.parent, path
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
-    name = checkpoint or result_of(path).get("checkpoint", "last")
+    name = checkpoint or ("best" if result_of(path).get("checkpoint") == "best" else "last")
     file = checkpoint_path(path, name)
     if not file.exists():
         found = sorted(other.stem for other in file.parent.glob("*.ckpt"))

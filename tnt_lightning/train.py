@@ -70,7 +70,11 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         done = load_weights(classifier.backbone, resume, exact=True).epochs or 0
         if done >= config["trainer"]["max_epochs"]:
             raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
-        refuse_to_continue(runs.config_of(continued), config)
+        before = runs.config_of(continued)
+        refuse_to_continue(before, config)
+        validated = done >= before["trainer"]["check_val_every_n_epoch"] and before["data"]["val_fraction"] != 0
+        if validated and not (resume.parent / "best.ckpt").exists():
+            raise UserError(f"resume={config['resume']}: best.ckpt is missing beside last.ckpt; weights= starts a new run from the last")
 
     data.setup()
     assert data.parts is not None

@@ -26,13 +26,17 @@ def build_model(*, _target_: str = "", **knobs: Any) -> nn.Module:
     if _target_ == "timm.create_model":
         import timm
 
-        name = knobs.pop("model_name")
+        name = knobs.pop("model_name", None)
+        if loading := [knob for knob in knobs if knob.startswith(("pretrained", "checkpoint", "cache"))]:
+            raise UserError(f"model.{loading[0]}={knobs[loading[0]]}: a model is built without weights; weights= loads them, as data only")
         if not isinstance(name, str) or not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
             raise UserError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
         try:
-            return timm.create_model(name, pretrained=False, **knobs)
+            model = timm.create_model(name, pretrained=False, **knobs)
         except Exception as error:  # timm's code, on the user's values
             raise UserError(f"model.model_name={name}: {' '.join(str(error).split())}") from error
+        model.knobs = {"model_name": name, **knobs}  # type: ignore[assignment]  # tells weights of another network from its own
+        return model
     raise UserError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
 
 

@@ -73,14 +73,21 @@ def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -
     source: a run directory (the checkpoint of its result) or a checkpoint of ours; a safetensors or torch file with the names of
     ours, of timm or of the official release; "hf-hub:timm/tnt_s_patch16_224.in1k"; "released" for what timm publishes of this network
 
-    UserError for a URL, a file that is missing, damaged or holds more than tensors and plain data, weights of another network (listing
-    the parameters), and timm's `legacy` TNT, which is another network.
+    UserError for a URL, a file that is missing, damaged or holds more than finite tensors and plain data, weights of another network
+    (listing the parameters), and timm's `legacy` TNT, which is another network.
     """
     found = _read(model, str(source))
-    for knob, value in _unseen_knobs(model).items():
-        if found.knobs.get(knob, value) != value:
-            raise UserError(f"{found.name}: weights of another network ({knob}={found.knobs[knob]}, the model has {value})")
+    ours = _unseen_knobs(model)
+    theirs = (
+        {knob: found.knobs.get(knob, value) for knob, value in ours.items()} if isinstance(model, TNT) else _telling(found.knobs) or ours
+    )
+    for knob in sorted(ours.keys() | theirs.keys()):
+        if ours.get(knob) != theirs.get(knob):
+            raise UserError(f"{found.name}: weights of another network ({knob}={theirs.get(knob)}, the model has {ours.get(knob)})")
     state, changes = _resized(model, _renamed(model, found), found)
+    pool = getattr(model, "global_pool", None)
+    if found.knobs.get("global_pool", pool) != pool:
+        changes.append(f"global_pool is {pool!r}, theirs was {found.knobs['global_pool']!r}")
     head = _own_head(model, state)
     if exact and (changes or head):
         raise UserError(f"{found.name}: weights of another network ({'; '.join(changes + head)})")
@@ -120,40 +127,55 @@ def _read(model: nn.Module, source: str) -> _Found:
         return _from_hub(model, HUB + _released(model) if source == "released" else source)
     if "://" in source:
         raise UserError(f"{source}: a URL is not loaded from; download it and give the file, or {HUB}OWNER/NAME")
-    path = Path(source).expanduser().resolve()
-    if not path.exists():
+    try:
+        path = Path(source).expanduser().resolve()
+        missing = not path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{source}: no path of a file ({_first_line(error)})") from None
+    if missing:
         raise UserError(f"{path}: no such run directory or file; weights also come from {HUB}OWNER/NAME, or as `released`")
     file = runs.locate(path)[1] if path.is_dir() else path
     content = _open(file)
     # The averaged weights first, as timm does.
     wrapper = next((name for name in ("state_dict_ema", "model_ema", "state_dict", "model") if isinstance(content.get(name), dict)), None)
     state = {name: tensor for name, tensor in (content[wrapper] if wrapper else content).items() if isinstance(tensor, Tensor)}
-    knobs, preprocessing, published, epochs = {}, _preprocessing(model), None, None
+    if not state or not all(isinstance(name, str) for name in state):
+        raise UserError(f"{file}: holds no tensors by name")
     if "pytorch-lightning_version" in content:
         state = {name.removeprefix("backbone."): tensor for name, tensor in state.items() if name.startswith("backbone.")}
-        epochs = int(content.get("epoch", -1)) + 1
-        if (file.parent.parent / "config.yaml").exists():
-            config = runs.config_of(file.parent.parent)
-            knobs, preprocessing = config["model"], _preprocessing(config["data"])
-    elif twin := _twin(model):
-        published = (_card(twin)["top1"], twin)
-    if not state:
-        raise UserError(f"{file}: holds no weights of a backbone")
+        if not state or not isinstance(content.get("epoch"), int):
+            raise UserError(f"{file}: a Lightning checkpoint, but not of tnt_lightning")
+        config = runs.config_of(file.parent.parent)  # without it nobody knows the network and the pixels: it is an error then
+        return _Found(str(file), _sound(file, state), config["model"], _preprocessing(config["data"]), epochs=content["epoch"] + 1)
+    twin = _twin(model)
     name = f"{file} ({wrapper})" if wrapper in ("state_dict_ema", "model_ema") else str(file)
-    return _Found(name, clean_state_dict(state), knobs, preprocessing, published, epochs)
+    published = (_card(twin)["top1"], twin) if twin else None
+    return _Found(name, _sound(file, clean_state_dict(state)), {}, _preprocessing(model), published)
 
 
 def _open(file: Path) -> dict[str, Any]:
     try:
-        if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
+            start = stream.read(9)
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < file.stat().st_size:  # safetensors, by whatever name
             return load_file(file)
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, which timm's and the official trainer add
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of whatever bytes these are
-        raise UserError(f"{file}: not a file of tensors and plain data, or a damaged one ({_first_line(error)})") from None
+    except Exception as error:  # of whatever bytes these are; torch's own text would advise to load them unsafely
+        reason = _first_line(error) if isinstance(error, OSError) else type(error).__name__
+        raise UserError(f"{file}: not a file of tensors and plain data, or a damaged one ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds a {type(content).__name__}, not weights by name")
     return content
+
+
+def _sound(source: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            raise UserError(f"{source}: {name} is no dense tensor")
+        if tensor.is_complex() or (tensor.is_floating_point() and not tensor.isfinite().all()):
+            raise UserError(f"{source}: {name} holds numbers that are complex, infinite or not numbers")
+    return state
 
 
 def _from_hub(model: nn.Module, source: str) -> _Found:
@@ -161,20 +183,29 @@ def _from_hub(model: nn.Module, source: str) -> _Found:
     _refuse_legacy(source, name)
     try:
         config, architecture, knobs = load_model_config_from_hf(name)
-        _refuse_legacy(source, architecture)
-        state = load_state_dict_from_hf(name, weights_only=True)
-    except (RepositoryNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: no such weights of a timm model on the Hugging Face hub ({_first_line(error)})") from None
+        config, architecture = dict(config), str(architecture)
+        knobs = {**(knobs or {}), "model_name": architecture}
+    except (RepositoryNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: no such model of timm's on the Hugging Face hub ({_first_line(error)})") from None
+    except (OSError, RuntimeError, EntryNotFoundError) as error:
+        raise _not_fetched(source, error) from None
+    _refuse_legacy(source, architecture)
+    try:
+        state = _sound(source, load_state_dict_from_hf(name, weights_only=True))
     except (OSError, RuntimeError, EntryNotFoundError, SafetensorError) as error:
-        raise UserError(
-            f"{source}: not fetched from the Hugging Face hub ({_first_line(error)}); where there is no connection, "
-            "download model.safetensors elsewhere and give weights=FILE.safetensors"
-        ) from None
+        raise _not_fetched(source, error) from None
     preprocessing = _preprocessing(model) | _preprocessing(config)
     for name_here in model_names():
         if (card := _card(name_here)).get("hub") == name:
             return _Found(source, state, _unseen_knobs(_empty(name_here)), preprocessing, (card["top1"], name_here))
-    return _Found(source, state, knobs or {}, preprocessing)
+    return _Found(source, state, knobs, preprocessing)
+
+
+def _not_fetched(source: str, error: Exception) -> UserError:
+    return UserError(
+        f"{source}: not fetched from the Hugging Face hub ({_first_line(error)}); where there is no connection, "
+        "download model.safetensors elsewhere and give weights=FILE.safetensors"
+    )
 
 
 def _preprocessing(model: nn.Module | dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +233,8 @@ def _twin(model: nn.Module) -> str | None:
 
     def shapes(module: nn.Module) -> dict[str, Any]:
         free = {_position(module), *_head_names(module)}
-        return {name: tensor.shape for name, tensor in module.state_dict().items() if name not in free} | _unseen_knobs(module)
+        same = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in free}
+        return same | _unseen_knobs(module) | {"global_pool": getattr(module, "global_pool", None)}
 
     return next((name for name in model_names() if _card(name) and shapes(_empty(name)) == shapes(model)), None)
 
@@ -226,10 +258,12 @@ def _renamed(model: nn.Module, found: _Found) -> dict[str, Tensor]:
     for name, tensor in found.state.items():
         if name == "outer_tokens":  # frozen in the official code, and read by nothing
             continue
-        if name == "pixel_pos":
+        if name == "pixel_pos" and tensor.ndim == 4:
             tensor = tensor.flatten(2).transpose(1, 2)  # (1, c, sqrt(m), sqrt(m)) -> (1, m, c)
         for theirs, ours in RENAMES.items():
             name = re.sub(theirs, ours, name)
+        if name in state:
+            raise UserError(f"{found.name}: holds {name} twice, under two names")
         state[name] = tensor
     return state
 
@@ -242,10 +276,10 @@ def _refuse_legacy(source: str, name: str) -> None:
         )
 
 
-def _unseen_knobs(model: nn.Module) -> dict[str, int]:
-    """What makes another network of parameters of the same shapes."""
+def _unseen_knobs(model: nn.Module) -> dict[str, Any]:
+    """What makes another network of parameters of the same shapes; of timm's models every argument, but for sizes and rates."""
     if not isinstance(model, TNT):
-        return {}
+        return _telling(getattr(model, "knobs", {}))
     found = {"patch_size": model.patch_size}
     for block in model.blocks:
         if isinstance(block, TNTBlock):
@@ -255,12 +289,17 @@ def _unseen_knobs(model: nn.Module) -> dict[str, int]:
     return found
 
 
+def _telling(knobs: dict[str, Any]) -> dict[str, Any]:
+    free = ("_target_", "img_size", "in_chans", "num_classes", "global_pool")
+    return {name: value for name, value in knobs.items() if name not in free and "drop" not in name}
+
+
 def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
     """`state` with position encodings for the image size of the model, and a line where that changed them."""
     name = _position(model)
     before = state.get(name)
     if isinstance(model, TNT):
-        if before is None or model.sentence_position is None or before.ndim != 3:
+        if before is None or model.sentence_position is None or before.ndim != 3 or len(before) != 1 or before.shape[1] < 2:
             return state, []
         old, new = _grid(found.knobs, before.shape[1] - 1, model.patch_size), model.grid_size
         if old is None or old == new:
@@ -302,7 +341,9 @@ def _own_head(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
     """The model's own head into `state` where the number of classes differs, and a line that says so."""
     own, lines = model.state_dict(), []
     for name in _head_names(model):
-        if name not in state or (name in own and own[name].shape[0] == state[name].shape[0]):
+        if name not in state or (name in own and own[name].shape[1:] != state[name].shape[1:]) or state[name].ndim == 0:
+            continue
+        if name in own and own[name].shape == state[name].shape:
             continue
         theirs = state.pop(name).shape[0]
         if name in own:
@@ -316,6 +357,11 @@ def _refuse_another_network(source: str, state: dict[str, Tensor], wanted: dict[
     odd = {
         "missing": sorted(wanted.keys() - state.keys()),
         "unexpected": sorted(state.keys() - wanted.keys()),
+        "of another kind of number": sorted(
+            f"{name} {state[name].dtype}"
+            for name in wanted.keys() & state.keys()
+            if wanted[name].is_floating_point() != state[name].is_floating_point()
+        ),
         "of another shape": sorted(
             f"{name} {tuple(state[name].shape)} for {tuple(wanted[name].shape)}"
             for name in wanted.keys() & state.keys()
