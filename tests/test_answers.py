@@ -157,6 +157,16 @@ def test_evaluate_answers_too(said, finished, arguments, line):
     assert answered.count("\n") == 1
 
 
+def test_a_refused_run_takes_only_its_own_away(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("mine.log", "notes.txt"):
+        (tmp_path / "run" / name).touch()
+    done = command("train", "inner_heads=5", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 2 and sorted(path.name for path in (tmp_path / "run").iterdir()) == ["mine.log", "notes.txt"]
+    done = command("evaluate", "weights=/nowhere", cwd=tmp_path / "run")
+    assert done.returncode == 2 and len(list((tmp_path / "run").iterdir())) == 2
+
+
 def test_a_run_directory_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     done = command("train", "trainer=debug", f"hydra.run.dir={tmp_path / 'file' / 'run'}", cwd=tmp_path)

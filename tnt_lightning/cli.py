@@ -48,7 +48,7 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
                     raise
                 if _with_tracebacks():
                     raise
-                _clear(Path(HydraConfig.get().runtime.output_dir))
+                _clear(HydraConfig.get())
                 fail(str(error))
 
         @functools.wraps(task)
@@ -73,18 +73,18 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
     return decorate
 
 
-def _clear(run: Path) -> None:
-    """Take away what Hydra wrote for a run that was refused; what lay there before stays."""
-    if (run / "config.yaml").exists() or "LOCAL_RANK" in os.environ:
+def _clear(hydra: Any) -> None:
+    """Take away what Hydra wrote for a run that was refused; whatever else lies there stays."""
+    run = Path(hydra.runtime.output_dir)
+    if hydra.output_subdir is None or (run / "config.yaml").exists() or "LOCAL_RANK" in os.environ:
         return
     logging.shutdown()
-    with contextlib.suppress(OSError):  # not ours alone, or still open
+    with contextlib.suppress(OSError):  # not empty, or still open
         for name in ("config.yaml", "hydra.yaml", "overrides.yaml"):
-            (run / ".hydra" / name).unlink(missing_ok=True)
-        for log in run.glob("*.log"):
-            if not log.stat().st_size:
-                log.unlink()
-        for folder in (run / ".hydra", run, run.parent):
+            (run / hydra.output_subdir / name).unlink(missing_ok=True)
+        (run / hydra.output_subdir).rmdir()
+        (run / f"{hydra.job.name}.log").unlink(missing_ok=True)
+        for folder in (run, run.parent):  # outputs/DATE/TIME, outputs/DATE
             folder.rmdir()
 
 

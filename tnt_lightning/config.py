@@ -35,11 +35,16 @@ def keys_of(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def check(config: DictConfig, model: str) -> None:
+    """UserError for a composed configuration that lacks keys, and for all that `check_values` refuses."""
+    _refuse_missing_keys(config)
+    check_values(config, model)
+
+
+def check_values(config: DictConfig, model: str) -> None:
     """UserError for keys that nobody reads, values that are not what they must be, and knobs that do not reach the model.
 
     model: its name, for the message
     """
-    _refuse_missing_keys(config)
     _refuse_unknown_keys(config)
     for key, kind in KINDS.items():
         missing = object()

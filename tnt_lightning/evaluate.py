@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check
+from tnt_lightning.config import check, check_values
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
             OmegaConf.update(config, key, override.value(), force_add=override.is_add())
         except OmegaConfBaseException:
             raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
-    check(config, "the run's")
+    check_values(config, "the run's")  # an older run may lack what came later
     plain: Any = OmegaConf.to_container(config)
 
     data, classifier = build_data(plain), build_classifier(plain)
