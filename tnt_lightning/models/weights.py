@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -185,6 +185,8 @@ def _from_hub(model: nn.Module, source: str) -> _Found:
         config, architecture, knobs = load_model_config_from_hf(name)
         config, architecture = dict(config), str(architecture)
         knobs = {**(knobs or {}), "model_name": architecture}
+    except LocalEntryNotFoundError as error:  # in older versions of the hub's library a ValueError too
+        raise _not_fetched(source, error) from None
     except (RepositoryNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: no such model of timm's on the Hugging Face hub ({_first_line(error)})") from None
     except (OSError, RuntimeError, EntryNotFoundError) as error:
