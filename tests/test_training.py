@@ -276,6 +276,15 @@ def test_resume_of_a_moved_run_keeps_its_best_checkpoint_and_takes_the_new_plan(
     assert {group["weight_decay"] for group in weights(tmp_path / "run", key="optimizer_states")[0]["param_groups"]} == {0, 1e9}
 
 
+def test_a_run_without_validation_and_from_weights_is_continued_by_the_same_overrides(tmp_path, finished, capsys):
+    same = (f"weights={finished}", "+trainer.limit_val_batches=0")
+    train(tmp_path / "cut", *same)
+    assert not runs.checkpoint_path(tmp_path / "cut", "best").exists()
+    capsys.readouterr()
+    result = train(tmp_path / "run", *same, f"resume={tmp_path / 'cut'}", "recipe.epochs=3")
+    assert result["epochs"] == 3 and "weights " not in capsys.readouterr().out, "its own weights go on"
+
+
 def test_resume_says_what_it_cannot_continue(tmp_path, finished):
     shutil.copytree(finished, tmp_path / "without")
     runs.checkpoint_path(tmp_path / "without", "best").unlink()

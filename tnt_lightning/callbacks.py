@@ -60,6 +60,12 @@ class Best(ModelCheckpoint):
         super().__init__(folder, filename="best", monitor="val/top1", mode="max", enable_version_counter=False)
         self.continued = continued
 
+    @staticmethod
+    def chosen_in(checkpoint: Path) -> bool:
+        """Whether there was a best epoch by the time that a checkpoint of ours was written."""
+        states = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"].values()
+        return any(state.get("best_model_score") is not None for state in states)
+
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         if current is not None and self.best_model_score is not None and current == self.best_model_score:
             return True

@@ -63,18 +63,17 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         "parameters_as_in_the_paper": parameters.paper,
         "flops": cost.flops(classifier.backbone, data.input_size),
     }
-    loaded = load_weights(classifier.backbone, config["weights"]) if config["weights"] else None
-    continued = resume = None
+    loaded = continued = resume = None
     if config["resume"]:
         continued, resume = runs.locate(config["resume"], "last")
         done = load_weights(classifier.backbone, resume, exact=True).epochs or 0
         if done >= config["trainer"]["max_epochs"]:
             raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
-        before = runs.config_of(continued)
-        refuse_to_continue(before, config)
-        validated = done >= before["trainer"]["check_val_every_n_epoch"] and before["data"]["val_fraction"] != 0
-        if validated and not (resume.parent / "best.ckpt").exists():
+        refuse_to_continue(runs.config_of(continued), config)
+        if Best.chosen_in(resume) and not (resume.parent / "best.ckpt").exists():
             raise UserError(f"resume={config['resume']}: best.ckpt is missing beside last.ckpt; weights= starts a new run from the last")
+    elif config["weights"]:  # a continued run has its own
+        loaded = load_weights(classifier.backbone, config["weights"])
 
     data.setup()
     assert data.parts is not None

@@ -238,7 +238,8 @@ def _twin(model: nn.Module) -> str | None:
         same = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in free}
         return same | _unseen_knobs(module) | {"global_pool": getattr(module, "global_pool", None)}
 
-    return next((name for name in model_names() if _card(name) and shapes(_empty(name)) == shapes(model)), None)
+    wanted = shapes(model)
+    return next((name for name in model_names() if _card(name) and shapes(_empty(name)) == wanted), None)
 
 
 def _released(model: nn.Module) -> str:
