@@ -32,6 +32,8 @@ MISTAKES = {
     "+data.bath_size=3": "data.bath_size=3: no such key; did you mean data.batch_size or data.image_size?",
     "+model.dpeth=3": "model.dpeth=3: no such knob; did you mean model.depth?",
     "+recipe.augmentation.mixupp=1": "recipe.augmentation.mixupp=1: no such key; did you mean recipe.augmentation.mixup?",
+    "epochs=3": "epochs=3: no such key; did you mean recipe.epochs?",
+    "+lr=0.1": "lr=0.1: no such key; did you mean optimizer.lr?",
     "+heads=3": "heads=3: no such key; did you mean inner_heads?",
     "modle=tnt_s": "modle=tnt_s: no such key; did you mean model?",
     "+modle=tnt_s": "modle=tnt_s: no such key; did you mean model?",

@@ -11,11 +11,18 @@ class UserError(ValueError):
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:
-    """`; did you mean optimizer.lr?`, or `; otherwise` where no known key is near: of the same section, or of the same depth."""
+    """`; did you mean optimizer.lr?`: the same name in another section, else a near one in this section, else a near key of this depth.
+
+    `; otherwise` where there is none.
+    """
     section, _, name = key.rpartition(".")
+    known = list(known)
     keys = [other for other in known if other.count(".") == key.count(".")]
     siblings = {other.rpartition(".")[2]: other for other in keys if other.rpartition(".")[0] == section}
-    if siblings:
+    leaves = [other for other in known if not any(deeper.startswith(f"{other}.") for deeper in known)]
+    if same := [other for other in leaves if other.rpartition(".")[2] == name]:
+        near = same[:2]
+    elif siblings:
         near = [siblings[other] for other in difflib.get_close_matches(name, siblings, n=2, cutoff=0.6)]
     else:
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
