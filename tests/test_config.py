@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from tnt_lightning import CONF, create_model
 from tnt_lightning.build import build_classifier, build_data
 from tnt_lightning.config import KNOBS, check
+from tnt_lightning.data import ImageNet
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, model_names
 
@@ -24,10 +25,12 @@ TNTS = [name for name in model_names() if name.startswith("tnt_")]
 # ---- every file
 
 
-@pytest.mark.parametrize("data", options("data"))
-@pytest.mark.parametrize("model", options("model"))
-def test_every_model_composes_and_builds_with_every_data_set(model, data):
-    config = compose(f"model={model}", f"data={data}")
+PAIRS = {*((model, data) for model in options("model") for data in ("digits", "imagenet")), *(("tnt_ti", data) for data in options("data"))}
+
+
+@pytest.mark.parametrize("model, data", sorted(PAIRS))
+def test_every_model_and_every_data_set_composes_and_builds(model, data):
+    config = compose(f"model={model}", f"data={data}", *(["data.num_classes=7"] if data == "folder" else []))
     check(config, model)
     plain = OmegaConf.to_container(config, resolve=True)
     with torch.device("meta"):
@@ -67,7 +70,11 @@ def test_the_imagenet_recipe_is_the_published_one():
         assert recipe[name] == paper[name], name
     assert config.model.drop_path_rate == paper["drop_path"]
     assert augmentation.rand_augment == paper["rand_augment"] and augmentation.color_jitter == paper["color_jitter"]
-    assert augmentation.erase == paper["random_erasing"]["prob"] and augmentation.repeats == 3
+    assert (
+        augmentation.erase == paper["random_erasing"]["prob"]
+        and augmentation.repeats == "auto"
+        and PAPER["datasets"]["imagenet"]["train"] > ImageNet.REPEATED
+    )
     assert (augmentation.mixup, augmentation.cutmix) == (paper["mixup"], paper["cutmix"])
 
 

@@ -1,41 +1,42 @@
 """Splits, order, pipeline: what the model is shown, and in which order."""
 
 import itertools
+import json
 import pickle
 import random
+import shutil
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image
 from timm.data import create_transform
 
 from tnt_lightning.data import Digits, ImageNet
-from tnt_lightning.data.module import TrainOrder, carve
+from tnt_lightning.data.module import TrainOrder
+from tnt_lightning.data.splits import carve
 from tnt_lightning.data.transforms import BatchTransform, eval_transform, random_affine, train_transform
 from tnt_lightning.errors import UserError
+
+from . import layouts
+from .layouts import photo
 
 DIGITS = dict(num_classes=10, in_chans=1, image_size=8, mean=0.0, std=1.0, crop_pct=1.0, batch_size=64, num_workers=0)
 
 
-def photo(seed=0, size=(90, 70)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
-
 @pytest.fixture
 def imagenet(tmp_path):
-    """A tree as ImageNet's, with two classes of six images, and what a file manager leaves behind."""
-    for part in ("train", "val"):
-        for label, name in enumerate(("n01", "n02")):
-            folder = tmp_path / part / name
-            folder.mkdir(parents=True)
-            for i in range(6):
-                photo(seed=10 * label + i).save(folder / f"{i}.JPEG")
-            (folder / "._0.JPEG").write_bytes(b"not an image")
-        (tmp_path / part / ".ipynb_checkpoints").mkdir()
+    layouts.imagenet(tmp_path)
     return tmp_path
+
+
+def tiny(root, **arguments):
+    """ImageNet's data module on a tree of two classes: 12 images to train on, 8 to validate."""
+    data = ImageNet(**{**dict(root=str(root), num_classes=2, image_size=32, batch_size=4, num_workers=0, subset=True), **arguments})
+    data.setup()
+    return data
 
 
 # ---- digits
@@ -69,53 +70,131 @@ def test_val_fraction_zero_trains_on_everything_that_is_not_test():
 
 
 def test_imagenet_tree(imagenet):
-    data = ImageNet(root=str(imagenet), num_classes=2, image_size=32, batch_size=4, num_workers=0)
-    data.setup()
-    assert len(data.parts.train.labels) == len(data.parts.val.labels) == 12 and data.parts.test is None
+    data = tiny(imagenet)
+    assert [len(part.labels) for part in data.parts[:2]] == [12, 8] and data.parts.test is None
     images, labels = next(iter(data.train_dataloader()))
     assert images.shape == (4, 3, 32, 32) and set(labels.tolist()) <= {0, 1}
 
 
 def test_val_fraction_carves_a_stratified_part_so_that_no_test_image_chooses(imagenet):
-    data = ImageNet(root=str(imagenet), num_classes=2, image_size=32, batch_size=4, num_workers=0, val_fraction=1 / 3)
-    data.setup()
+    data = tiny(imagenet, val_fraction=1 / 3)
     assert Counter(data.parts.train.labels) == {0: 4, 1: 4} and Counter(data.parts.val.labels) == {0: 2, 1: 2}
-    assert not set(data.parts.train.indices) & set(data.parts.val.indices) and len(data.parts.test.labels) == 12
+    assert not set(data.parts.train.indices) & set(data.parts.val.indices) and len(data.parts.test.labels) == 8
     again = carve(data.parts.train.whole, 1 / 3, seed=0)[1].indices
     assert again == data.parts.val.indices != carve(data.parts.train.whole, 1 / 3, seed=1)[1].indices
+
+
+ONE, TWO = layouts.WORDNET
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda root: (root / "val" / "n02").rename(root / "val" / "n03"), "class 'n02' is in train/ alone"),
+        (lambda root: (root / "val" / TWO).rename(root / "val" / "n03"), f"val: class '{TWO}' is in training alone .2 such"),
         (lambda root: (root / "train").rename(root / "training"), "train: no such folder"),
-        (lambda root: [f.unlink() for f in (root / "train" / "n01").iterdir()], "n01"),
-        (lambda root: [(f.rename(root / f.name)) for f in (root / "val").iterdir()], "no class folders"),
+        (lambda root: [f.unlink() for f in (root / "train" / ONE).glob("*.JPEG")], f"{ONE}: no images in this class folder"),
+        (lambda root: shutil.rmtree(root / "val"), "val: no such folder"),
     ],
 )
 def test_a_tree_that_would_shift_labels_is_refused(imagenet, spoil, message):
     spoil(imagenet)
     with pytest.raises(UserError, match=message):
-        ImageNet(root=str(imagenet), num_classes=2).setup()
+        tiny(imagenet)
 
 
 def test_more_or_fewer_classes_than_told(imagenet):
     with pytest.raises(UserError, match="set data.num_classes=2"):
-        ImageNet(root=str(imagenet), num_classes=1000).setup()
+        tiny(imagenet, num_classes=1000)
     with pytest.raises(UserError, match="data.root is not set"):
         ImageNet(num_classes=1000).setup()
 
 
+# ---- broken images
+
+
+def spoil(imagenet, part="train"):
+    broken = imagenet / part / TWO / f"{TWO}_3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    return broken
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_named_in_one_line(imagenet, workers):
-    broken = imagenet / "val" / "n02" / "3.JPEG"
-    broken.write_bytes(broken.read_bytes()[:200])
-    data = ImageNet(root=str(imagenet), num_classes=2, image_size=32, batch_size=4, num_workers=workers)
-    data.setup()
+    broken = spoil(imagenet)
     with pytest.raises(UserError) as caught:
-        list(data.val_dataloader())
-    assert str(caught.value).startswith(f"{broken}: not a readable image") and "\n" not in str(caught.value)
+        list(tiny(imagenet, num_workers=workers).train_dataloader())
+    assert str(caught.value).startswith(f"{broken}: not a readable image (") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_skipped_images_are_left_out_and_listed_and_no_other_takes_their_place(imagenet, tmp_path, workers):
+    broken = spoil(imagenet)
+    data = tiny(imagenet, num_workers=workers, on_error="skip", augmentation=dict(repeats=3))
+    data.skipped = tmp_path / "skipped.jsonl"
+    loader = data.train_dataloader()
+    whole = [list(loader.sampler), [label for _, labels in loader for label in labels.tolist()]]
+    index = next(i for i in range(12) if data.parts.train.path(i) == str(broken))
+    shown = [data.parts.train.labels[i] for i, _ in whole[0] if i != index]
+    assert whole[1] == shown and len(shown) == 12 - 3 * (index in {i for i, _ in whole[0]})
+    lines = [json.loads(line) for line in data.skipped.read_text().splitlines()]
+    assert {line["file"] for line in lines} == {str(broken)} and data.skipped_images == 1 and "truncated" in lines[0]["why"].lower()
+
+
+def test_evaluation_skips_nothing(imagenet):
+    broken = spoil(imagenet, "val")
+    with pytest.raises(UserError, match=f"{broken}: not a readable image"):
+        list(tiny(imagenet, on_error="skip").val_dataloader())
+
+
+def test_a_batch_of_nothing_but_broken_images(imagenet):
+    for file in imagenet.glob("train/*/n*.JPEG"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="all 4 images of a batch are broken"):
+        list(tiny(imagenet, on_error="skip").train_dataloader())
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_a_skipped_image_leaves_is_mixed_as_far_as_it_pairs(count):
+    images, labels = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8), torch.arange(count)
+    mixed, targets = BatchTransform(num_classes=10, mean=[0.0] * 3, std=[1.0] * 3, mixup=0.8)(images, labels, training=True)
+    assert mixed.shape == images.shape and torch.allclose(targets.sum(1), torch.ones(count))
+    assert torch.equal(targets[-1], torch.eye(10)[count - 1]) and torch.allclose(mixed[-1], images[-1] / 255)
+
+
+# ---- held in memory
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_held_in_memory_are_the_same_to_the_pixel(imagenet, workers):
+    recipe = dict(crop_scale=[0.08, 1.0], hflip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
+    read, held = (tiny(imagenet, num_workers=workers, augmentation=recipe, cache=cache) for cache in (False, True))
+    for loader in ("train_dataloader", "val_dataloader"):
+        for (ours, _), (theirs, _) in zip(getattr(held, loader)(), getattr(read, loader)(), strict=True):
+            assert torch.equal(ours, theirs)
+    shutil.rmtree(imagenet / "train")
+    assert len(list(held.train_dataloader())) == 3, "no file is opened again"
+
+
+def test_a_broken_image_is_named_when_its_turn_comes_though_held(imagenet):
+    broken = spoil(imagenet)
+    with pytest.raises(UserError, match=f"{broken}: not a readable image"):
+        list(tiny(imagenet, cache=True).train_dataloader())
+    assert sum(len(labels) for _, labels in tiny(imagenet, cache=True, on_error="skip").train_dataloader()) == 11
+
+
+def test_more_than_memory_is_refused(imagenet, monkeypatch):
+    monkeypatch.setattr("tnt_lightning.data.splits._free_memory", lambda: 2**20)
+    with pytest.raises(UserError, match="data.cache=true: .* GiB of free memory; set data.cache=false"):
+        tiny(imagenet, cache=True)
+
+
+def test_little_shared_memory_is_said_before_it_kills_a_worker(imagenet, monkeypatch):
+    data = tiny(imagenet, num_workers=2)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_000))
+    with pytest.raises(UserError, match="data.num_workers=2: their batches take .* MiB free; enlarge it .docker run --shm-size"):
+        data.train_dataloader()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 2 * 4 * 3 * 32 * 32))
+    assert len(list(data.train_dataloader())) == 3
 
 
 # ---- order
@@ -142,15 +221,61 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert order(0, 0) == order(0, 0) and order(0, 0) != order(0, 1) and order(0, 0) != order(1, 0)
 
 
-def test_workers_change_no_pixel(imagenet):
-    def batches(workers):
-        recipe = dict(crop_scale=[0.08, 1.0], hflip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
-        data = ImageNet(root=str(imagenet), num_classes=2, image_size=32, batch_size=4, num_workers=workers, augmentation=recipe)
-        data.setup()
-        return [images for images, _ in data.train_dataloader()]
+def test_the_draws_of_an_image_depend_on_seed_epoch_index_and_repeat_alone():
+    def draws(**knobs):
+        order = TrainOrder(**{**dict(size=60, total=48, repeats=3, rank=0, world=1, seed=0), **knobs})
+        order.set_epoch(2)
+        seen, repeat = {}, Counter()
+        for index, seed in order:
+            seen[index, repeat[index]] = seed
+            repeat[index] += 1
+        return seen
 
-    for alone, shared in zip(batches(0), batches(2), strict=True):
-        assert torch.equal(alone, shared)
+    whole, smaller, single = draws(), draws(total=30), draws(repeats=1)
+    assert smaller.items() < whole.items()
+    assert all(whole[key] == seed for key, seed in single.items() if key in whole)
+    assert len(set(whole.values())) == 48
+
+
+RECIPE = dict(crop_scale=[0.08, 1.0], hflip=0.5, rand_augment="rand-m9-mstd0.5-inc1", repeats=3)
+
+
+def epoch_of(data, epoch=1, first_batch=0):
+    loader = data.train_dataloader(first_batch)
+    loader.sampler.set_epoch(epoch)
+    return loader, list(loader)
+
+
+@pytest.mark.parametrize("first_batch", [0, 2])
+def test_neither_workers_nor_a_start_in_the_middle_change_a_pixel(imagenet, first_batch):
+    _, whole = epoch_of(tiny(imagenet, augmentation=RECIPE, batch_size=3))
+    assert len(whole) == 4
+    for workers in (0, 1, 2):
+        loader, rest = epoch_of(tiny(imagenet, augmentation=RECIPE, batch_size=3, num_workers=workers), first_batch=first_batch)
+        for (images, labels), (wanted, theirs) in zip(rest, whole[first_batch:], strict=True):
+            assert torch.equal(images, wanted) and torch.equal(labels, theirs)
+        assert len(list(loader)) == 4, "the next epoch is whole again"
+
+
+def test_a_start_in_the_middle_on_two_ranks(imagenet):
+    for rank in range(2):
+        data = tiny(imagenet, augmentation=RECIPE)
+        data.trainer = Devices(2, global_rank=rank)
+        (_, whole), (_, rest) = epoch_of(data), epoch_of(data, first_batch=1)
+        assert len(whole) == 3 and all(torch.equal(a, b) for (a, _), (b, _) in zip(rest, whole[1:], strict=True))
+
+
+def test_copies_of_a_repeated_image_differ(imagenet):
+    images = torch.cat([images for images, _ in epoch_of(tiny(imagenet, augmentation=RECIPE, batch_size=3))[1]])
+    assert all(not torch.equal(images[3 * i + a], images[3 * i + b]) for i in range(4) for a, b in ((0, 1), (1, 2), (0, 2)))
+
+
+def test_repeats_are_off_on_a_small_set_unless_asked_for(imagenet, monkeypatch):
+    data = tiny(imagenet, augmentation=dict(repeats="auto"))
+    assert data.repeats == 1 and "fewer than 100,000 training images; recipe.augmentation.repeats=3 turns it on" in data.notes[-1]
+    monkeypatch.setattr(ImageNet, "REPEATED", 12)
+    large = tiny(imagenet, augmentation=dict(repeats="auto"))
+    assert large.repeats == 3 and not any("repeated" in note for note in large.notes)
 
 
 class Devices:

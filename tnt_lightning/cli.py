@@ -151,7 +151,7 @@ def answer(error: Exception, overrides: list[str] | None = None, *, config_name:
         return f"{match[1]}: several values are a sweep; start it with -m first: {as_sweep()}"
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
-    return " ".join(text.split("\n")[0].split())
+    return " ".join(text.split("\n")[0].removeprefix("UserError raised while resolving interpolation: ").split())
 
 
 def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:

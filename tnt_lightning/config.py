@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tnt_lightning import CONF
+from tnt_lightning import CONF, trees
 from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
@@ -137,7 +137,7 @@ def refuse_ablation_of_swept_models(ablation: str | None) -> None:
 
 def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What must stay for a run to go on: the seed and the data, which set the order and the split, and whether there is an average."""
-    free = ("root", "num_workers", "augmentation")
+    free = ("root", "num_workers", "augmentation", "on_error", "cache", "download")
     plans = []
     for config in (before, now):
         data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
@@ -166,4 +166,12 @@ def sweep_values(values: ListConfig) -> str:
     return ",".join(map(text, values))
 
 
+def classes_in(root: str | None) -> int:
+    """How many classes a tree of images has."""
+    if root is None:
+        raise UserError("data.root is not set; give the folder that holds train/ and val/, or a folder for each class: data.root=/path")
+    return len(trees.classes(trees.parts(Path(root).expanduser())["train"]))
+
+
 OmegaConf.register_new_resolver("sweep", sweep_values, replace=True)
+OmegaConf.register_new_resolver("classes_in", classes_in, replace=True)

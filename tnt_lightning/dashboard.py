@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from tnt_lightning import runs
 from tnt_lightning.callbacks import Throughput
 from tnt_lightning.data import ImageDataModule
-from tnt_lightning.data.module import Transformed
+from tnt_lightning.data.module import Transformed, batch_of
 
 CALL_S = 20.0  # for a call that only hands data to W&B's service process
 VISIBLE = 96  # pixels a side that a person wants to see
@@ -220,8 +220,7 @@ class Progress(Callback):
         if self._examples is None:
             shown = Transformed(data.parts.val, data.eval_transform, data.mode)
             places = np.linspace(0, len(shown) - 1, min(self.count, len(shown))).round().astype(int)
-            examples = [shown[int(i)] for i in places]
-            self._examples = torch.stack([image for image, _ in examples]), torch.tensor([label for _, label in examples])
+            self._examples = batch_of([shown[int(i)] for i in places])
         pixels, labels = self._examples
         inputs, _ = data.batch_transform(pixels.to(module.device), labels, training=False)
         precision = trainer.precision_plugin

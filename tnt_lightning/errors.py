@@ -7,7 +7,7 @@ from collections.abc import Iterable
 class UserError(ValueError):
     def __str__(self) -> str:
         # From a loader's worker torch raises it again with the worker's traceback as its message.
-        return super().__str__().rsplit("UserError: ", 1)[-1].strip()
+        return super().__str__().rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:

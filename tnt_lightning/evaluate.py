@@ -117,6 +117,9 @@ def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataM
     data.trainer = trainer
     data.setup()
     data.val_dataloader(), data.test_dataloader()  # what does not fit is said here, before other processes start
+    if trainer.is_global_zero:
+        for note in data.notes:
+            print(f"note {note}")
     return evaluate(trainer, classifier, data), trainer
 
 

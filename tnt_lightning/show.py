@@ -37,6 +37,8 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weight
         f"batch  {data.batch_size} = {data.device_batch} a device x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
         f"accumulation step(s), {trainer.precision}, {trainer.max_epochs} epochs"
     )
+    for note in data.notes:
+        print(f"note   {note}")
     if loaded is not None:
         start_from(loaded)
         theirs = {name: loaded.preprocessing[name] for name in ("mean", "std")}
@@ -73,6 +75,11 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         ("parameters", f"{live_m}{also}"),
         ("FLOPs", _flops(result["flops"])),
         ("training speed", f"{speed:,.0f} images/s" if speed else "not measured"),
+        *(
+            [("broken images", f"{broken} left out of training, listed in skipped.jsonl")]
+            if (broken := result.get("skipped_images"))
+            else []
+        ),
         ("time, without start-up", f"{result['wall_s']:.0f} s"),
     ]
 

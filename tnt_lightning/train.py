@@ -76,6 +76,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         loaded = load_weights(classifier.backbone, config["weights"])
 
     data.setup()
+    data.skipped = run / "skipped.jsonl"
     assert data.parts is not None
     folder, throughput, dashboard, logger = run / "checkpoints", Throughput(), Dashboard(run), config["logger"]
     callbacks: list[L.Callback] = [throughput]
@@ -114,6 +115,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         result |= {
             **size,
             "images_per_s": throughput.images_per_s,
+            **({"skipped_images": data.skipped_images} if data.on_error == "skip" else {}),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "devices": trainer.world_size,

@@ -1,83 +1,80 @@
 """ImageDataModule: splits -> order -> augmented uint8 batches -> the device.
 
-The order of images and every random draw depend on (seed, epoch, place in the order) alone: not on the number of
-workers, and not on what was drawn before.
+The order of images depends on (seed, epoch) alone, and an image's augmentation on (seed, epoch, index, repeat) alone: not on the
+number of workers, and not on what was drawn before.
 """
 
+import json
+import math
 import random
+import shutil
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from tnt_lightning.data.archives import Archive, fetch
+from tnt_lightning.data.images import BrokenImage
+from tnt_lightning.data.splits import Held, Joined, Labelled, Splits, carve
 from tnt_lightning.data.transforms import BatchTransform, Transform, eval_transform, train_transform
 from tnt_lightning.errors import UserError
 
-
-class Labelled(Protocol):
-    """A split as a data set gives it: item i is (PIL image, label); labels without opening an image.
-
-    One whose classes have names holds them in order as `classes`.
-    """
-
-    @property
-    def labels(self) -> Sequence[int]: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Image.Image, int]: ...
-
-
-class Splits(NamedTuple):
-    """train always; val is None where the set has no validation part, test is None where its test labels are not public."""
-
-    train: Labelled
-    val: Labelled | None
-    test: Labelled | None
-
-
-class Part:
-    """The images of `whole` at `indices`, in that order."""
-
-    def __init__(self, whole: Labelled, indices: Sequence[int]):
-        self.whole, self.indices = whole, indices
-        self.labels = [whole.labels[i] for i in indices]
-        self.classes = getattr(whole, "classes", None)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole[self.indices[index]]
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Transformed(Dataset):
-    """(uint8 tensor, label) of a split. Asked for (index, seed), it draws the augmentation from that seed."""
+    """(uint8 tensor, label) of a split. Asked for (index, seed), it draws the augmentation from that seed.
 
-    def __init__(self, split: Labelled, transform: Transform, mode: str):
-        self.split, self.transform, self.mode = split, transform, mode
+    skipped: None stops at a broken image; a file (or "" for none) adds a line about it there and gives None in its place
+    """
+
+    def __init__(self, split: Labelled, transform: Transform, mode: str, skipped: str | None = None):
+        self.split, self.transform, self.mode, self.skipped = split, transform, mode, skipped
 
     def __len__(self) -> int:
         return len(self.split.labels)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int] | None:
         index, seed = key if isinstance(key, tuple) else (key, None)
         if seed is not None:
             _seed_all(seed)
-        image, label = self.split[index]
+        try:
+            image, label = self.split[index]
+        except BrokenImage as error:
+            if self.skipped is None:
+                raise
+            if self.skipped:
+                # One write of one line: that of another worker comes before it or after it.
+                with open(self.skipped, "a") as file:
+                    file.write(f"{json.dumps({'index': index, 'file': error.file, 'why': error.why})}\n")
+            return None
         return self.transform(image.convert(self.mode)), label
+
+
+def batch_of(items: list[tuple[Tensor, int] | None]) -> tuple[Tensor, Tensor]:
+    """Images (B, C, height, width) uint8 and labels (B,), without what was skipped."""
+    whole = [item for item in items if item is not None]
+    if not whole:
+        raise UserError(f"data.on_error=skip: all {len(items)} images of a batch are broken; python -m tnt_lightning.verify lists them")
+    return default_collate(whole)
 
 
 class TrainOrder(Sampler):
     """(index, seed) pairs of one rank: every epoch another order of whole global batches, each image `repeats` times running.
 
-    Repeats of an image fall on different ranks where there are as many (repeated augmentation, arXiv 1901.09335); an epoch stays
-    as long as without.
+    The order depends on (seed, epoch), and the seed of an image's augmentation on (seed, epoch, index, repeat). Repeats of an image
+    fall on different ranks where there are as many (repeated augmentation, arXiv 1901.09335); an epoch stays as long as without.
+    start: images of this rank to leave out, the next time only, to go on in the middle of an epoch
     """
 
-    def __init__(self, size: int, *, total: int, repeats: int, rank: int, world: int, seed: int):
+    def __init__(self, size: int, *, total: int, repeats: int, rank: int, world: int, seed: int, start: int = 0):
         self.size, self.total, self.repeats, self.rank, self.world, self.seed = size, total, repeats, rank, world, seed
-        self.epoch = 0
+        self.epoch, self.start = 0, start
 
     def set_epoch(self, epoch: int) -> None:  # Lightning calls it
         self.epoch = epoch
@@ -88,26 +85,39 @@ class TrainOrder(Sampler):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(self.size).repeat(self.repeats)[: self.total]
-        seeds = rng.integers(2**32, size=self.total)
-        mine = slice(self.rank, None, self.world)
+        seeds = rng.integers(2**32, size=(self.repeats, self.size))[np.arange(self.total) % self.repeats, order]
+        mine = slice(self.rank + self.start * self.world, None, self.world)
+        self.start = 0
         return iter(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
 
 
 class ImageDataModule(L.LightningDataModule):
     """What every data set shares; one is made by `splits()`, which says where its images are.
 
-    root: the folder that holds the data
+    root: the folder that holds the data; download: fetch into it what is missing, where the authors allow that
+    subset: fewer images than the set officially has are fine
     batch_size: GLOBAL: images an optimizer step, over all devices and accumulation steps
     num_workers: loader processes a device
     image_size: pixels, one number or (height, width); in_chans: 3, or 1 for grey
     num_classes: checked against what is found
     val_fraction: None keeps the set's own validation part; a fraction carves one (seeded, stratified) out of training where the
         set has none, or out of which the set's own becomes the test part; 0 trains on everything that is not test
-    augmentation: what of `train_transform` and `BatchTransform` to use in training, and `repeats` of an image in a row
+    augmentation: what of `train_transform` and `BatchTransform` to use in training, and `repeats` of an image in a row; "auto" is
+        3 from REPEATED images up, and 1 on smaller sets, where an epoch of a few steps would show a third of them
     mean, std: normalisation, of pixels from 0 to 1, a channel or for all; crop_pct, interpolation: of evaluation
+    on_error: "stop" at a broken image, or "skip" it in training: left out, listed in the file `skipped`; evaluation always stops
+    cache: hold all images decoded in memory
 
-    UserError for a missing root, a batch that does not divide, or classes that are not as told.
+    A subclass says in `page` where to get its images, in `official` how many images its parts have, and in
+    `archives` what can be downloaded. `notes` are lines for the user.
+
+    UserError for a missing root, other counts than the official ones, a batch that does not divide, or classes that are not as told.
     """
+
+    REPEATED = 100_000
+    official: dict[str, int] = {}
+    spare: float | None = None  # val_fraction of a set that has training images alone
+    page = ""
 
     def __init__(
         self,
@@ -124,9 +134,15 @@ class ImageDataModule(L.LightningDataModule):
         std: float | Sequence[float] = 0.5,
         crop_pct: float = 0.9,
         interpolation: str = "bicubic",
+        on_error: str = "stop",
+        cache: bool = False,
+        download: bool = False,
+        subset: bool = False,
         seed: int = 0,
     ):
         super().__init__()
+        if on_error not in ("stop", "skip"):
+            raise UserError(f"data.on_error={on_error!r} is neither 'stop' nor 'skip'")
         if in_chans not in (1, 3):
             raise UserError(f"data.in_chans={in_chans}: images have 3 channels, or 1 for grey")
         if val_fraction is not None and not (isinstance(val_fraction, (int, float)) and 0 <= val_fraction < 1):
@@ -148,25 +164,93 @@ class ImageDataModule(L.LightningDataModule):
         self.train_transform = train_transform(size, mean=self.mean, interpolation=interpolation, **per_image)
         self.eval_transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
         self.batch_transform = BatchTransform(num_classes=num_classes, mean=self.mean, std=self.std, **per_batch)
+        self.on_error, self.cache, self.download, self.subset = on_error, cache, download, subset
+        self.skipped: Path | None = None
+        self.notes: list[str] = []
         self.parts: Splits | None = None
 
+    @property
+    def archives(self) -> tuple[Archive, ...]:
+        return ()
+
     def splits(self) -> Splits:
+        """The data set's own parts, whole."""
         raise NotImplementedError(f"{type(self).__name__} does not say where its images are")
+
+    def home(self) -> Path:
+        """root, which must be given."""
+        if self.root is None:
+            get = (
+                f"; get it from {self.page}, or give data.download=true"
+                if self.archives
+                else f"; get it from {self.page}"
+                if self.page
+                else ""
+            )
+            raise UserError(f"data.root is not set; give the folder that holds the images: data.root=/path/to/them{get}")
+        return Path(self.root).expanduser()
+
+    def place(self, folder: str, mark: str) -> Path:
+        """root/folder, or root where it is that folder itself: what holds `mark`."""
+        for place in (self.home() / folder, self.home()):
+            if (place / mark).exists():
+                return place
+        get = "; data.download=true fetches it" if self.archives else ""
+        raise UserError(f"{self.home() / folder / mark}: no such file, nor {mark} in {self.home()}; get it from {self.page}{get}")
+
+    def prepare_data(self) -> None:
+        """Download; Lightning calls it in one process a node."""
+        if self.download and not self.archives:
+            where = f"; get it from {self.page}" if self.page else ""
+            raise UserError(f"data.download=true: {type(self).__name__} is not to be downloaded{where}")
+        if self.download:
+            fetch(self.home(), self.archives)
+
+    def discrepancies(self, splits: Splits) -> list[str]:
+        """What is not as the data set's authors say."""
+        found = {name: len(part.labels) for name, part in splits._asdict().items() if part is not None}
+        return [
+            f"{name} has {found.get(name, 0):,} images, officially {n:,}" for name, n in self.official.items() if found.get(name, 0) != n
+        ]
 
     def setup(self, stage: str | None = None) -> None:
         if self.parts is not None:
             return
-        train, val, test = self.splits()
-        if self.val_fraction:
+        self.prepare_data()
+        train, val, test = splits = self.splits()
+        classes = getattr(train, "classes", None)
+        if classes is not None and len(classes) != self.num_classes:
+            raise UserError(f"data.num_classes={self.num_classes}: the set has {len(classes)} classes; set data.num_classes={len(classes)}")
+        if differ := "; ".join(self.discrepancies(splits)):
+            if not self.subset:
+                raise UserError(f"data.root={self.root}: {differ}; data.subset=true goes on with what is there")
+            self.notes.append(f"a subset: {differ}")
+        fraction = self.spare if self.val_fraction is None and val is None and test is None else self.val_fraction
+        if fraction:
             if val is not None and test is not None:
                 raise UserError(
                     f"data.val_fraction={self.val_fraction}: the set has a validation part of its own; null keeps it, 0 trains on it"
                 )
-            train, carved = carve(train, self.val_fraction, self.seed)
+            train, carved = carve(train, fraction, self.seed)
             val, test = carved, test or val
-        elif self.val_fraction == 0 and test is not None and val is not None:
+        elif fraction == 0 and test is not None and val is not None:
             train, val = Joined(train, val), None
+        if self.repeats == "auto":
+            self.repeats = 3 if len(train.labels) >= self.REPEATED else 1
+            if self.repeats == 1:
+                few = f"repeated augmentation is off, as for every set of fewer than {self.REPEATED:,} training images"
+                self.notes.append(f"{few}; recipe.augmentation.repeats=3 turns it on")
+        if self.cache:
+            train = Held(train, self.mode)
+            val, test = (None if part is None else Held(part, self.mode) for part in (val, test))
         self.parts = Splits(train, val, test)
+
+    @property
+    def skipped_images(self) -> int:
+        """How many training images were left out as broken."""
+        if self.skipped is None or not self.skipped.exists():
+            return 0
+        return len({json.loads(line)["index"] for line in self.skipped.read_text().splitlines()})
 
     @property
     def mode(self) -> str:
@@ -194,7 +278,8 @@ class ImageDataModule(L.LightningDataModule):
             )
         return self.batch_size // ways
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self, first_batch: int = 0) -> DataLoader:
+        """first_batch: where in the epoch to begin, the first time that it is gone through."""
         assert self.parts is not None
         if self.mixes and self.device_batch % 2:
             raise UserError(
@@ -204,8 +289,11 @@ class ImageDataModule(L.LightningDataModule):
         total = size // self.batch_size * self.batch_size
         if not total:
             raise UserError(f"data.batch_size={self.batch_size} is larger than the training set of {size} images; lower it")
-        order = TrainOrder(size, total=total, repeats=self.repeats, rank=self.rank, world=self.world, seed=self.seed)
-        return self._loader(self.parts.train, self.train_transform, order)
+        order = TrainOrder(
+            size, total=total, repeats=self.repeats, rank=self.rank, world=self.world, seed=self.seed, start=first_batch * self.device_batch
+        )
+        skipped = None if self.on_error == "stop" else str(self.skipped or "")
+        return self._loader(Transformed(self.parts.train, self.train_transform, self.mode, skipped), order)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader(self.parts.val if self.parts else None)
@@ -220,16 +308,28 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"{len(split.labels)} images to evaluate on {self.world} devices: each needs one; lower trainer.devices")
         # Lightning's own sampler pads to equal lengths and would count 101 images as 102 on two ranks.
         mine = range(self.rank, len(split.labels), self.world)
-        return self._loader(split, self.eval_transform, mine)
+        return self._loader(Transformed(split, self.eval_transform, self.mode), mine)
 
-    def _loader(self, split: Labelled, transform: Transform, order: Sampler | Sequence[int]) -> DataLoader:
+    def _loader(self, images: Transformed, order: Sampler | Sequence[int]) -> DataLoader:
+        self._check_shared_memory()
         return DataLoader(
-            Transformed(split, transform, self.mode),
+            images,
             batch_size=self.device_batch,
             sampler=order,
+            collate_fn=batch_of,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+        )
+
+    def _check_shared_memory(self) -> None:
+        """Workers hand their batches over in /dev/shm, which containers often keep at 64 MiB: full, it kills them by a bus error."""
+        ahead = 2 * self.num_workers * self.device_batch * math.prod(self.input_size)
+        if not ahead or not SHARED_MEMORY.is_dir() or (free := shutil.disk_usage(SHARED_MEMORY).free) >= ahead:
+            return
+        raise UserError(
+            f"data.num_workers={self.num_workers}: their batches take {ahead / 2**20:,.0f} MiB of {SHARED_MEMORY}, which has "
+            f"{free / 2**20:,.0f} MiB free; enlarge it (docker run --shm-size), or lower data.num_workers"
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
@@ -243,34 +343,6 @@ class ImageDataModule(L.LightningDataModule):
             if batch[0].is_cuda:
                 torch.cuda.manual_seed(seed)
         return self.batch_transform(*batch, training=training)
-
-
-class Joined:
-    """One split after another."""
-
-    def __init__(self, *splits: Labelled):
-        self.places = [(split, i) for split in splits for i in range(len(split.labels))]
-        self.labels = [label for split in splits for label in split.labels]
-        self.classes = getattr(splits[0], "classes", None)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        split, i = self.places[index]
-        return split[i]
-
-
-def carve(split: Labelled, fraction: float, seed: int) -> tuple[Part, Part]:
-    """(the rest, the carved part): of each class the same fraction, drawn with seed, at least one image on either side."""
-    rng = np.random.default_rng(seed)
-    labels = np.asarray(split.labels)
-    kept, carved = [], []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
-        if len(members) < 2:
-            raise UserError(f"data.val_fraction={fraction}: class {label} has a single training image, none to spare for validation")
-        count = min(max(1, round(fraction * len(members))), len(members) - 1)
-        carved += members[:count].tolist()
-        kept += members[count:].tolist()
-    return Part(split, sorted(kept)), Part(split, sorted(carved))
 
 
 def per_channel(name: str, value: float | Sequence[float], in_chans: int) -> list[float]:

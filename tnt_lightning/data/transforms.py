@@ -116,8 +116,18 @@ class BatchTransform:
         if self.erase:
             images = RandomErasing(self.erase, mode="pixel", device=images.device)(images)
         if self.mix is not None:
-            images, labels = self.mix(images, labels)
+            images, labels = self._mixed(images, labels)
         return images, labels
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """timm mixes pairs: of an odd number, where a broken image was left out, the last stays as it is."""
+        assert self.mix is not None
+        pairs = len(images) // 2 * 2
+        alone = F.one_hot(labels[pairs:], self.mix.num_classes).float()
+        if not pairs:
+            return images, alone
+        mixed, targets = self.mix(images[:pairs], labels[:pairs])
+        return (mixed, targets) if pairs == len(images) else (torch.cat([mixed, images[pairs:]]), torch.cat([targets, alone]))
 
 
 def random_affine(images: Tensor, *, degrees: float, shift: float, zoom: float) -> Tensor:
