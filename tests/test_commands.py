@@ -229,8 +229,8 @@ def test_imagenet_trains_from_folders_by_the_recipe(tmp_path):
                 pixels = rng.integers(0, 120, (40, 52, 3)) + 60 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / part / name / f"{i}.JPEG")
     result = train(
-        tmp_path / "run", "data=imagenet", f"data.root={tmp_path}", "data.num_classes=3", "data.subset=true", "data.batch_size=12", "data.num_workers=0",
-        "model=tnt_ti", "image_size=32", "model.depth=2",
+        tmp_path / "run", "data=imagenet", f"data.root={tmp_path}", "data.num_classes=3", "data.subset=true", "data.batch_size=12",
+        "data.num_workers=0", "model=tnt_ti", "image_size=32", "model.depth=2",
     )  # fmt: skip
     assert result["steps"] == 2 * 6 and result["checkpoint"] == "last" and "test/top1" not in result
     curve = [float(row["val/top1"]) for row in csv.DictReader((tmp_path / "run" / "metrics.csv").open()) if row["val/top1"]]

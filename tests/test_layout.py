@@ -16,10 +16,10 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"classifier", "callbacks"},
     {"build", "show", "config", "dashboard"},
     {"cli"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "verify"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
-    "hydra": {"cli", "train", "evaluate"},
+    "hydra": {"cli", "train", "evaluate", "verify"},
     "lightning": {"classifier", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
     "wandb": {"dashboard"},
 }
