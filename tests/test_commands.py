@@ -146,6 +146,19 @@ def test_two_processes_take_the_steps_of_one_and_count_every_image(tmp_path):
     assert len(rows) == 4 and all(now == recorded for now, recorded in rows), again.stdout + again.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 3])
+def test_several_processes_give_the_figures_of_one_to_the_last_image(finished, devices, tmp_path):
+    """216 and 359 images: three ranks get 119 or 120 of the latter."""
+    done = command(
+        "evaluate", f"run={finished}", f"trainer.devices={devices}", "trainer.accelerator=cpu", "data.batch_size=66", cwd=tmp_path
+    )
+    rows = re.findall(r"((?:test|val)/\w+)\s*\D\s*([\d.]+)\s*\D\s*([\d.]+)", done.stdout)
+    assert len(rows) == 6, done.stdout + done.stderr
+    for name, now, recorded in rows:
+        assert float(now) == pytest.approx(float(recorded), rel=1e-5) if "loss" in name else now == recorded, name
+
+
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     done = command("train", "trainer.accelerator=cpu", "trainer.devices=3", "data.batch_size=64", cwd=tmp_path)
     assert done.returncode == 2 and "error: data.batch_size=64 does not divide among 3 device(s)" in done.stderr
