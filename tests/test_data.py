@@ -12,7 +12,8 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
+from timm.data.loader import PrefetchLoader
 
 from tnt_lightning.data import Digits, ImageNet
 from tnt_lightning.data.module import TrainOrder
@@ -304,6 +305,17 @@ def test_batch_size_is_global():
         large.train_dataloader()
 
 
+def test_each_rank_and_each_step_mixes_differently(imagenet):
+    data, batch = tiny(imagenet, augmentation=dict(mixup=0.8)), (torch.randint(0, 256, (4, 3, 32, 32)), torch.tensor([0, 0, 1, 1]))
+
+    def mixed(rank, step):
+        data.trainer = SimpleNamespace(global_rank=rank, training=True, fit_loop=SimpleNamespace(total_batch_idx=step))
+        return data.on_after_batch_transfer(batch, 0)[1]
+
+    assert torch.equal(mixed(0, 5), mixed(0, 5))
+    assert not torch.equal(mixed(0, 5), mixed(1, 5)) and not torch.equal(mixed(0, 5), mixed(0, 6))
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_counts_every_image_once(world):
     seen = []
@@ -338,6 +350,27 @@ def test_training_pixels_equal_timms_for_the_same_draws():
         assert torch.equal(seeded(ours, photo(seed), seed), want)
         compared += 1
     assert compared > 50
+
+
+def test_batches_equal_those_of_timms_loader_and_mixup_for_the_same_draws():
+    images, labels = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8), torch.arange(8)
+    ours = BatchTransform(num_classes=10, mean=[0.5] * 3, std=[0.25] * 3, erase=0.25, mixup=0.8, cutmix=1.0)
+    theirs = PrefetchLoader([(images, labels)], (0.5,) * 3, (0.25,) * 3, device=torch.device("cpu"), re_prob=0.25, re_mode="pixel")
+    mix = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.0, num_classes=10)
+
+    def as_timm(_):
+        (pixels, hard), *_ = theirs
+        return mix(pixels, hard)
+
+    erased = 0
+    for seed in range(20):
+        (pixels, soft), (wanted, targets) = (
+            seeded(transform, images.clone(), seed) for transform in (lambda batch: ours(batch, labels, training=True), as_timm)
+        )
+        torch.testing.assert_close(pixels, wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(soft, targets)
+        erased += not torch.equal(wanted, (images.float() - 127.5) / 63.75)
+    assert erased
 
 
 def test_colour_jitter_without_rand_augment_equals_timms():

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tnt_lightning.build import build_data
-from tnt_lightning.data import CIFAR10, Flowers102, ImageFolder, ImageNet, INaturalist, OxfordPets
+from tnt_lightning.data import CIFAR10, CIFAR100, Digits, Flowers102, ImageFolder, ImageNet, INaturalist, OxfordPets
 from tnt_lightning.data import archives as archives_module
 from tnt_lightning.data.archives import Archive
 from tnt_lightning.data.formats import read_mat
@@ -70,6 +70,15 @@ def test_the_authors_own_files_give_the_splits(name, tmp_path):
     assert images.shape == (4, 3, 16, 16)
     for part in data.parts:
         assert part is None or labels(part)
+
+
+def test_num_classes_is_the_sets_own_unless_given(tmp_path):
+    layouts.folder(tmp_path / "folder")
+    assert [kind().num_classes for kind in (Digits, CIFAR10, CIFAR100, Flowers102, OxfordPets, ImageNet)] == [10, 10, 100, 102, 37, 1000]
+    assert [INaturalist(year=year).num_classes for year in (2018, 2019)] == [8142, 1010]
+    assert ImageFolder(root=str(tmp_path / "folder")).num_classes == 2
+    with pytest.raises(UserError, match="data.num_classes=None"):
+        ImageFolder()
 
 
 @pytest.mark.parametrize("name", [name for name in layouts.MADE if name != "folder"])

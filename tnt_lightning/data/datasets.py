@@ -24,6 +24,8 @@ from tnt_lightning.errors import UserError
 class Digits(ImageDataModule):
     """Optical recognition of handwritten digits, bundled: 8x8, grey, 10 classes; train 1,222, val 216, test 359."""
 
+    classes = 10
+
     def splits(self) -> Splits:
         if self.root is not None:
             raise UserError(f"data.root={self.root}: the digits come with the package; leave data.root at null")
@@ -40,6 +42,7 @@ class CIFAR10(ImageDataModule):
     """CIFAR-10, 32x32, 10 classes: train 50,000, test 10,000 (paper, Table 2); root holds cifar-10-batches-py/."""
 
     layout, label_key = torchvision.datasets.CIFAR10, "labels"
+    classes = 10
     official = {"train": 50_000, "test": 10_000}
     page = "https://www.cs.toronto.edu/~kriz/cifar.html"
 
@@ -67,6 +70,7 @@ class CIFAR100(CIFAR10):
     """CIFAR-100, 32x32, 100 classes: train 50,000, test 10,000 (paper, Table 2); root holds cifar-100-python/."""
 
     layout, label_key = torchvision.datasets.CIFAR100, "fine_labels"
+    classes = 100
 
 
 class Flowers102(ImageDataModule):
@@ -75,6 +79,7 @@ class Flowers102(ImageDataModule):
     root holds flowers-102/ with jpg/, setid.mat and imagelabels.mat. val_fraction=None keeps the authors' val apart: 1,020 and 1,020.
     """
 
+    classes = 102
     official = {"train": 1_020, "val": 1_020, "test": 6_149}
     page = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
     archives = (
@@ -109,6 +114,7 @@ class OxfordPets(ImageDataModule):
     root holds oxford-iiit-pet/ with images/ and annotations/trainval.txt, test.txt.
     """
 
+    classes = 37
     official = {"train": 3_680, "test": 3_669}
     page = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
     archives = (
@@ -139,9 +145,10 @@ class INaturalist(ImageDataModule):
     page = "https://github.com/visipedia/inat_comp"
 
     def __init__(self, *, year: int, **kwargs):
-        super().__init__(**kwargs)
         if year not in (2018, 2019):
             raise UserError(f"data.year={year}: the years with a split of their own here are 2018 and 2019")
+        self.classes = {2018: 8_142, 2019: 1_010}[year]
+        super().__init__(**kwargs)
         self.year = year
         self.official = {2018: {"train": 437_513, "val": 24_426}, 2019: {"train": 265_213, "val": 3_030}}[year]
         if year == 2019:
@@ -207,6 +214,11 @@ class ImageFolder(ImageDataModule):
 
     spare = 0.1
 
+    def __init__(self, *, root: str | None = None, num_classes: int | None = None, **kwargs):
+        if num_classes is None and root is not None:
+            num_classes = len(trees.classes(trees.parts(Path(root).expanduser())["train"]))
+        super().__init__(root=root, num_classes=num_classes, **kwargs)
+
     def splits(self) -> Splits:
         found = trees.parts(self.home())
         train = folder(found["train"], as_seen=True)
@@ -225,6 +237,7 @@ class ImageNet(ImageDataModule):
     The test labels are not public: val is the benchmark, unless val_fraction carves a validation part out of training.
     """
 
+    classes = 1_000
     official = {"train": 1_281_167, "val": 50_000}
     page = "https://image-net.org/download.php"
     LABELS = (

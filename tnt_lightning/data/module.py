@@ -99,7 +99,7 @@ class ImageDataModule(L.LightningDataModule):
     batch_size: GLOBAL: images an optimizer step, over all devices and accumulation steps
     num_workers: loader processes a device
     image_size: pixels, one number or (height, width); in_chans: 3, or 1 for grey
-    num_classes: checked against what is found
+    num_classes: checked against what is found; None is the set's own
     val_fraction: None keeps the set's own validation part; a fraction carves one (seeded, stratified) out of training where the
         set has none, or out of which the set's own becomes the test part; 0 trains on everything that is not test
     augmentation: what of `train_transform` and `BatchTransform` to use in training, and `repeats` of an image in a row; "auto" is
@@ -108,13 +108,14 @@ class ImageDataModule(L.LightningDataModule):
     on_error: "stop" at a broken image, or "skip" it in training: left out, listed in the file `skipped`; evaluation always stops
     cache: hold all images decoded in memory
 
-    A subclass says in `page` where to get its images, in `official` how many images its parts have, and in
+    A subclass says in `classes` how many it has, in `page` where to get it, in `official` how many images its parts have, and in
     `archives` what can be downloaded. `notes` are lines for the user.
 
     UserError for a missing root, other counts than the official ones, a batch that does not divide, or classes that are not as told.
     """
 
     REPEATED = 100_000
+    classes: int | None = None
     official: dict[str, int] = {}
     spare: float | None = None  # val_fraction of a set that has training images alone
     page = ""
@@ -127,7 +128,7 @@ class ImageDataModule(L.LightningDataModule):
         num_workers: int = 8,
         image_size: int | Sequence[int] = 224,
         in_chans: int = 3,
-        num_classes: int,
+        num_classes: int | None = None,
         val_fraction: float | None = None,
         augmentation: dict[str, Any] | None = None,
         mean: float | Sequence[float] = 0.5,
@@ -143,15 +144,18 @@ class ImageDataModule(L.LightningDataModule):
         super().__init__()
         if on_error not in ("stop", "skip"):
             raise UserError(f"data.on_error={on_error!r} is neither 'stop' nor 'skip'")
+        num_classes = self.classes if num_classes is None else num_classes
         if in_chans not in (1, 3):
             raise UserError(f"data.in_chans={in_chans}: images have 3 channels, or 1 for grey")
         if val_fraction is not None and not (isinstance(val_fraction, (int, float)) and 0 <= val_fraction < 1):
             raise UserError(f"data.val_fraction={val_fraction!r} is not a fraction from 0 to below 1")
         self.root, self.batch_size, self.num_workers = root, batch_size, num_workers
-        self.in_chans, self.num_classes, self.val_fraction, self.seed = in_chans, num_classes, val_fraction, seed
+        self.in_chans, self.val_fraction, self.seed = in_chans, val_fraction, seed
         for name, value, lowest in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("num_classes", num_classes, 1)):
             if not isinstance(value, int) or value < lowest:
                 raise UserError(f"data.{name}={value!r} is not a whole number of at least {lowest}")
+        assert num_classes is not None
+        self.num_classes = num_classes
         size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(f"image_size={image_size!r} is neither a whole number of pixels nor (height, width)")
