@@ -1,5 +1,6 @@
 """The data sets: for each, where the files are and what the splits are; nothing about augmentation or loaders."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from tnt_lightning.data.decoding import unreadable
 from tnt_lightning.data.module import ImageDataModule, Splits
 from tnt_lightning.errors import UserError
 
@@ -84,10 +86,12 @@ def _is_image(path: str) -> bool:
 
 
 def open_image(path: str) -> Image.Image:
-    """The decoded image; UserError that names the file, since Pillow's own errors do not."""
+    """The image, its header read and the rest yet to be decoded; UserError that names the file, since Pillow's own errors do not."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        data = Path(path).read_bytes()
+        image = Image.open(io.BytesIO(data))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); remove or replace the file") from None
+        raise unreadable(path, error) from None
+    image.filename = path
+    image.decodermaxblock = max(len(data), image.decodermaxblock)  # at the end of a block of data, libjpeg starts its row anew
+    return image

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from tnt_lightning.data.decoding import unreadable
 from tnt_lightning.data.transforms import BatchTransform, Transform, eval_transform, train_transform
 from tnt_lightning.errors import UserError
 
@@ -65,7 +66,18 @@ class Transformed(Dataset):
         if seed is not None:
             _seed_all(seed)
         image, label = self.split[index]
-        return self.transform(image.convert(self.mode)), label
+        try:
+            if image.mode != self.mode:  # convert() copies even where there is nothing to convert
+                image = image.convert(self.mode)
+            return self.transform(image), label
+        except (OSError, SyntaxError) as error:  # files are decoded here, as far as the transform asks for
+            raise unreadable(getattr(image, "filename", "an image"), error) from None
+
+
+def collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) and (B,). In memory the channels come last, as Pillow has them: reordering costs more than all of the copying."""
+    images, labels = default_collate([(image.permute(1, 2, 0), label) for image, label in samples])
+    return images.permute(0, 3, 1, 2), labels
 
 
 class TrainOrder(Sampler):
@@ -230,6 +242,7 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
