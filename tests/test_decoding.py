@@ -13,7 +13,7 @@ from timm.data.auto_augment import posterize, translate_x_rel, translate_y_rel
 from tnt_lightning.data import ImageNet
 from tnt_lightning.data.datasets import open_image
 from tnt_lightning.data.decoding import upper_rows
-from tnt_lightning.data.transforms import moved_sideways, moved_upwards, safe_posterize
+from tnt_lightning.data.transforms import moved_sideways, moved_upwards, safe_posterize, train_transform
 from tnt_lightning.errors import UserError
 
 from .test_data import imagenet, photo, seeded  # noqa: F401
@@ -112,3 +112,35 @@ def test_a_batch_of_files_equals_timms(imagenet):  # noqa: F811
             path, target = data.parts.train.samples[index]
             assert label == target
             assert torch.equal(image, seeded(theirs, Image.open(path).convert("RGB"), seed))
+
+
+# ---- what is not to the bit, and off by default
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_fast_resize_differs_by_few_levels(mode):
+    image = photo(size=(60, 50)).resize((480, 400)).convert(mode)
+    recipe = dict(crop_scale=(0.08, 1.0), hflip=0.5)
+    for seed in range(10):
+        exact = seeded(train_transform((64, 64), **recipe), image, seed).int()
+        fast = seeded(train_transform((64, 64), **recipe, fast_resize=True), image, seed).int()
+        assert exact.shape == fast.shape and (exact - fast).abs().max() <= 5 and (exact != fast).float().mean() < 0.05
+    with pytest.raises(UserError, match="fast_resize=true.*lanczos"):
+        train_transform((64, 64), interpolation="lanczos", **recipe, fast_resize=True)
+
+
+def test_dct_scaling_decodes_large_crops_small_and_no_others(tmp_path):
+    file = str(tmp_path / "photo.jpg")
+    photo(size=(40, 30)).resize((800, 600)).save(file, quality=95)
+    recipe = dict(crop_scale=(0.08, 1.0))
+    exact, small = train_transform((64, 64), **recipe), train_transform((64, 64), **recipe, dct_scaling=True)
+    differing = 0
+    for seed in range(20):
+        opened = open_image(file)
+        want, got = seeded(exact, open_image(file), seed).int(), seeded(small, opened, seed).int()
+        assert (want - got).abs().float().mean() < 8
+        assert torch.equal(want, got) == (opened.decoderconfig == ())
+        differing += opened.decoderconfig != ()
+    assert 10 < differing < 20
+    image = Image.open(file).convert("RGB")
+    assert torch.equal(seeded(exact, image, 0), seeded(small, image, 0)), "no JPEG that is yet to be decoded"

@@ -1,6 +1,5 @@
 """The data sets: for each, where the files are and what the splits are; nothing about augmentation or loaders."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -88,10 +87,6 @@ def _is_image(path: str) -> bool:
 def open_image(path: str) -> Image.Image:
     """The image, its header read and the rest yet to be decoded; UserError that names the file, since Pillow's own errors do not."""
     try:
-        data = Path(path).read_bytes()
-        image = Image.open(io.BytesIO(data))
+        return Image.open(path)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise unreadable(path, error) from None
-    image.filename = path
-    image.decodermaxblock = max(len(data), image.decodermaxblock)  # at the end of a block of data, libjpeg starts its row anew
-    return image

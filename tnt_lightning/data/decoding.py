@@ -11,21 +11,32 @@ def unreadable(path: str, error: Exception) -> UserError:
 
 
 def upper_rows(image: Image.Image, rows: int) -> Image.Image:
-    """At least the first rows of a JPEG that is not decoded yet; any other image comes back as it is.
+    """At least the first rows of a JPEG file that is not decoded yet; any other image comes back as it is.
 
     libjpeg decodes from top to bottom. Asked for fewer rows than there are, Pillow stops after them and calls the file broken; whether they
     are there is seen from the last one. Where that is black, it may not have been reached, and the file really be broken: the whole image
     comes back, to be decoded.
     """
-    if type(image) is not JpegImageFile or len(image.tile) != 1 or rows >= image.height:
+    if type(image) is not JpegImageFile or len(image.tile) != 1 or rows >= image.height or not image.filename:
         return image
-    file, upper = image.fp, (image.width, rows)
-    assert file is not None
+    upper = (image.width, rows)
     image._size, image.tile = upper, [image.tile[0]._replace(extents=(0, 0, *upper))]
     try:
         image.load()
     except OSError:
         if image.crop((0, rows - 1, *upper)).getbbox() is None:
-            file.seek(0)
-            return Image.open(file)
+            return Image.open(image.filename)
     return image
+
+
+def scaled(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """(image, box) as they are, or both at a half, quarter or eighth where the box is still no smaller than size (height, width).
+
+    libjpeg then leaves out the higher frequencies instead of averaging pixels, for less work.
+    """
+    left, top, right, bottom = box
+    scale = next((s for s in (8, 4, 2) if right - left >= s * size[1] and bottom - top >= s * size[0]), 1)
+    if scale == 1 or type(image) is not JpegImageFile or len(image.tile) != 1:
+        return image, box
+    image.draft(None, (image.width // scale, image.height // scale))
+    return image, (round(left / scale), round(top / scale), round(right / scale), round(bottom / scale))
