@@ -134,7 +134,7 @@ def test_dct_scaling_decodes_large_crops_small_and_no_others(tmp_path):
     file = str(tmp_path / "photo.jpg")
     like_a_photo((800, 600), np.random.default_rng(0)).save(file, quality=95)
     recipe = dict(crop_scale=(0.08, 1.0))
-    exact, small = train_transform((64, 64), **recipe), train_transform((64, 64), **recipe, dct_scaling=True)
+    exact, small = train_transform((160, 160), **recipe), train_transform((160, 160), **recipe, dct_scaling=True)
     differing = 0
     for seed in range(20):
         opened = open_image(file)
@@ -142,6 +142,6 @@ def test_dct_scaling_decodes_large_crops_small_and_no_others(tmp_path):
         assert (want - got).abs().float().mean() < 6
         assert torch.equal(want, got) == (opened.decoderconfig == ())
         differing += opened.decoderconfig != ()
-    assert 10 < differing < 20
+    assert 5 < differing < 20
     image = Image.open(file).convert("RGB")
     assert torch.equal(seeded(exact, image, 0), seeded(small, image, 0)), "no JPEG that is yet to be decoded"
