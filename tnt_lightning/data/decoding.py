@@ -20,7 +20,8 @@ def upper_rows(image: Image.Image, rows: int) -> Image.Image:
     if type(image) is not JpegImageFile or len(image.tile) != 1 or rows >= image.height or not image.filename:
         return image
     upper = (image.width, rows)
-    image._size, image.tile = upper, [image.tile[0]._replace(extents=(0, 0, *upper))]
+    decoder, _, offset, arguments = image.tile[0]
+    image._size, image.tile = upper, [(decoder, (0, 0, *upper), offset, arguments)]  # type: ignore[list-item]  # a plain tuple up to Pillow 10
     try:
         image.load()
     except OSError:
