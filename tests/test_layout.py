@@ -16,7 +16,7 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"classifier", "callbacks"},
     {"build", "show", "config", "dashboard"},
     {"cli"},
-    {"train", "evaluate", "verify"},
+    {"train", "evaluate", "verify", "benchmark"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify"},

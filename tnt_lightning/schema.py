@@ -66,6 +66,8 @@ PIXELS = {  # given in the recipe, from where the data section takes them
     "augmentation.hflip": number(0, 1),
     "augmentation.rand_augment": TEXT | NULL,
     "augmentation.color_jitter": number(0),
+    "augmentation.fast_resize": FLAG,
+    "augmentation.dct_scaling": FLAG,
     "augmentation.erase": number(0, 1),
     "augmentation.mixup": number(0),
     "augmentation.cutmix": number(0),

@@ -68,10 +68,10 @@ class _Reading:
         return len(self.part.labels)
 
     def __getitem__(self, index: int) -> str | None:
-        from tnt_lightning.data.images import BrokenImage
+        from tnt_lightning.data.images import BrokenImage, decoded
 
         try:
-            self.part[index]
+            decoded(self.part[index][0])
         except BrokenImage as error:
             return f"{error.file}: {error.why}"
         return None

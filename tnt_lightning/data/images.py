@@ -1,17 +1,20 @@
-"""From a file, or bytes, to a decoded image."""
+"""From a file, or bytes, to an image. It is decoded late, and no more of it than is looked at; what is decoded has the whole one's pixels."""
 
 import contextlib
 import io
-from typing import BinaryIO
+import os
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 
 from tnt_lightning.errors import UserError
 
 Image.init()
 # Not all that Pillow knows: for some (EPS) it starts other programs, whatever the file's name ends in.
 FORMATS: tuple[str, ...] = tuple(name for name in ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF", "PPM") if name in Image.OPEN)
+_FAULTS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises for bytes that are no image
 
 
 class BrokenImage(UserError):
@@ -28,28 +31,42 @@ class BrokenImage(UserError):
 
 
 def open_image(source: str | bytes, name: str | None = None) -> Image.Image:
-    """The image as its pixels are stored, decoded whole; what timm and torchvision see.
+    """The image as its pixels are stored, which is what timm and torchvision see; its header is read, the rest yet to be decoded.
 
-    source: a path, or a file's bytes, called `name` in an error. BrokenImage for what is no image, truncated, empty, or larger than
-    Pillow's limit against decompression bombs.
+    source: a path, or a file's bytes, called `name` in an error. BrokenImage for what is no image, empty, or larger than Pillow's limit
+    against decompression bombs.
     """
-    file: str | BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source
+    file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        why = error.strerror or error if isinstance(error, OSError) else error
+        image: Any = Image.open(file, formats=FORMATS)
+    except _FAULTS as error:
+        why: object = getattr(error, "strerror", None) or error
         if isinstance(error, Image.UnidentifiedImageError):
             why = "empty" if _is_empty(source) else f"of none of the kinds {', '.join(FORMATS)}"
         raise BrokenImage.of(name or str(source), why) from None
+    image.source, image.called = source, name
+    return image
+
+
+def decoded(image: Image.Image) -> Image.Image:
+    """The image, all of it decoded; BrokenImage where that cannot be done."""
+    try:
+        image.load()
+    except _FAULTS as error:
+        raise BrokenImage.of(getattr(image, "called", None) or str(getattr(image, "source", "an image")), error) from None
+    return image
 
 
 def open_as_seen(source: str | bytes, name: str | None = None) -> Image.Image:
     """The image as a person sees it: turned as the camera says (EXIF), 16 bits scaled to 8, transparency on white; L or RGB."""
-    image = open_image(source, name)
-    with contextlib.suppress(OSError, SyntaxError, ValueError, TypeError, ZeroDivisionError, KeyError):
-        image = ImageOps.exif_transpose(image)  # EXIF that cannot be read says nothing about the pixels
+    image, turned = open_image(source, name), False
+    with contextlib.suppress(*_FAULTS, TypeError, KeyError, ZeroDivisionError):  # EXIF that cannot be read turns nothing
+        turned = image.getexif().get(0x0112, 1) != 1
+    if _is_plain_jpeg(image) and image.mode in ("L", "RGB") and not turned:
+        return image
+    image = decoded(image)
+    if turned:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _to_eight_bits(image)
     if image.has_transparency_data:
@@ -58,6 +75,49 @@ def open_as_seen(source: str | bytes, name: str | None = None) -> Image.Image:
         white.alpha_composite(image)
         return white.convert("RGB")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def upper_rows(image: Image.Image, rows: int) -> Image.Image:
+    """At least the first rows, decoded.
+
+    libjpeg decodes from top to bottom. Asked for fewer rows than there are, Pillow stops after them and calls the file broken; whether they
+    are there is seen from the last one. Where that is black it may not have been reached, and a file without its end mark may be cut
+    off below: those are decoded whole, and BrokenImage where that cannot be done.
+    """
+    if not _is_plain_jpeg(image) or rows >= image.height or not _has_its_end(image):
+        return decoded(image)
+    jpeg: Any = image
+    decoder, _, offset, arguments = jpeg.tile[0]
+    jpeg._size, jpeg.tile = (image.width, rows), [(decoder, (0, 0, image.width, rows), offset, arguments)]
+    try:
+        jpeg.load()
+    except OSError:
+        if jpeg.crop((0, rows - 1, image.width, rows)).getbbox() is None:
+            return decoded(open_image(jpeg.source, jpeg.called))
+    return jpeg
+
+
+def scaled(image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """(image, box) as they are, or both at a half, quarter or eighth where the box is still no smaller than size (height, width).
+
+    libjpeg then leaves out the higher frequencies instead of averaging pixels, for less work.
+    """
+    left, top, right, bottom = box
+    scale = next((s for s in (8, 4, 2) if right - left >= s * size[1] and bottom - top >= s * size[0]), 1)
+    if scale == 1 or not _is_plain_jpeg(image):
+        return image, box
+    image.draft(None, (image.width // scale, image.height // scale))
+    return image, (round(left / scale), round(top / scale), round(right / scale), round(bottom / scale))
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    """One of open_image's that is yet to be decoded."""
+    return type(image) is JpegImageFile and len(image.tile) == 1 and hasattr(image, "source")
+
+
+def _has_its_end(image: Any) -> bool:
+    image.fp.seek(-2, os.SEEK_END)
+    return image.fp.read(2) == b"\xff\xd9"
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

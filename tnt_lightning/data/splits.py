@@ -14,7 +14,7 @@ from PIL import Image
 from rich.progress import track
 
 from tnt_lightning import trees
-from tnt_lightning.data.images import BrokenImage, open_as_seen, open_image
+from tnt_lightning.data.images import BrokenImage, decoded, open_as_seen, open_image
 from tnt_lightning.errors import UserError
 
 Opener = Callable[..., Image.Image]
@@ -207,15 +207,15 @@ class Held:
         self._places = np.zeros((len(self.labels), 4), np.int64)  # block, start, width, height
         self._broken: dict[int, BrokenImage] = {}
 
-        def decoded(index: int) -> Image.Image | BrokenImage:
+        def converted(index: int) -> Image.Image | BrokenImage:
             try:
-                return split[index][0].convert(mode)
+                return decoded(split[index][0]).convert(mode)
             except BrokenImage as error:
                 return error
 
         free, filled, held = _free_memory(), 0, 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
-            images = pool.map(decoded, range(len(self.labels)))
+            images = pool.map(converted, range(len(self.labels)))
             for index, image in enumerate(track(images, "hold in memory", len(self.labels), transient=True)):
                 if isinstance(image, BrokenImage):  # said when its turn comes, as without holding
                     self._broken[index] = image
