@@ -1,4 +1,4 @@
-"""From a file, or bytes, to an image. It is decoded late, and no more of it than is looked at; what is decoded has the whole one's pixels."""
+"""From a file, or bytes, to an image: decoded late, no more of it than is looked at, to the pixels that the whole image has there."""
 
 import contextlib
 import io
