@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import litdata
 import numpy as np
 import pytest
 import torch
+from litdata.streaming import downloader
 from PIL import Image
 
 from tnt_lightning import prepare as preparing
@@ -373,6 +375,8 @@ def test_evaluation_counts_every_image_once(whole, world, val_fraction, count):
     seen = Counter()
     for rank in range(world):
         data = stream(whole, trainer=Devices(world, rank), val_fraction=val_fraction)
+        lie = chunks_of(data.parts.val)[list(data.val_dataloader().sampler)]
+        assert (np.diff(lie) >= 0).all(), "shard after shard"
         for batch in data.val_dataloader():
             seen += Counter((image.numpy().tobytes(), int(label)) for image, label in zip(*batch, strict=True))
     assert sum(seen.values()) == count
@@ -463,6 +467,19 @@ def test_what_came_otherwise_than_written_is_fetched_again_and_then_named(whole,
         epoch(afar(whole, tmp_path / "two"))
 
 
+def test_an_object_store_is_asked_through_litdata(whole, tmp_path, monkeypatch):
+    """Its own addresses and downloaders, without a store: this one stands in for S3's."""
+
+    class Bucket(downloader.Downloader):
+        def download_fileobj(self, remote_filepath, fileobj):
+            random.random(), np.random.rand(), torch.rand(1)  # as boto3 does
+            fileobj.write((whole / remote_filepath.removeprefix("s3://bucket/set/")).read_bytes())
+
+    monkeypatch.setitem(downloader._DOWNLOADERS, "s3://", Bucket)
+    there = stream("s3://bucket/set/", cache_dir=str(tmp_path), num_workers=1, augmentation=AUGMENTED)
+    assert equal(epoch(there), epoch(stream(whole, augmentation=AUGMENTED)))
+
+
 # ---- mistakes
 
 
@@ -471,20 +488,18 @@ def test_mistakes_are_answered_in_one_line(tree, whole, tmp_path, monkeypatch):
         (dict(root=None), "data.root is not set"),
         (dict(root=str(tree)), f"{tree / MANIFEST}: no such file; data.root is the folder that"),
         (dict(root="ftp://host/path"), "data.root=ftp://host/path: neither a folder nor an address that begins with s3://"),
-        (dict(root="local:/nowhere"), "local:/nowhere/tnt-index.json: cannot be fetched .FileNotFoundError"),
+        (dict(root="local:/nowhere"), "local:/nowhere/shards.json: cannot be fetched .FileNotFoundError"),
         (dict(root=str(whole), num_classes=1000), "3 classes, data.num_classes=1000; set data.num_classes=3"),
         (dict(root=str(whole), window=0), "data.window=0 is not a whole number of at least 1"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             ImageNetStream(**OURS | arguments).setup()
         assert "\n" not in str(caught.value)
-    with pytest.raises(
-        UserError, match="nothing/tnt-index.json: no such file; what python -m tnt_lightning.prepare has finished holds one"
-    ):
+    with pytest.raises(UserError, match="nothing/shards.json: no such file; what python -m tnt_lightning.prepare has finished holds one"):
         preparing.verify(tmp_path / "nothing", threads=1)
     monkeypatch.setitem(sys.modules, "litdata.streaming.downloader", None)
     monkeypatch.setitem(sys.modules, "litdata.streaming.writer", None)
-    with pytest.raises(UserError, match=r"s3://bucket/tnt-index.json: needs litdata: pip install 'tnt-lightning\[stream\]'"):
+    with pytest.raises(UserError, match=r"s3://bucket/shards.json: needs litdata: pip install 'tnt-lightning\[stream\]'"):
         ImageNetStream(**OURS, root="s3://bucket").setup()
     with pytest.raises(UserError, match=r"prepare needs litdata: pip install 'tnt-lightning\[stream\]'"):
         prepared(tree, tmp_path / "out")

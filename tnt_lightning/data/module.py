@@ -41,8 +41,6 @@ class Transformed(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int] | None:
         index, seed = key if isinstance(key, tuple) else (key, None)
-        if seed is not None:
-            _seed_all(seed)
         try:
             image, label = self.split[index]
         except BrokenImage as error:
@@ -53,6 +51,8 @@ class Transformed(Dataset):
                 with open(self.skipped, "a") as file:
                     file.write(f"{json.dumps({'index': index, 'file': error.file, 'why': error.why})}\n")
             return None
+        if seed is not None:  # now, since to read an image may draw too: from afar, by the store's client
+            _seed_all(seed)
         return self.transform(image.convert(self.mode)), label
 
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import tempfile
 import threading
@@ -30,8 +31,7 @@ from tnt_lightning.data.images import open_image
 from tnt_lightning.errors import UserError
 
 FORMAT = 1
-# litdata fetches what ends in index.json without the client whose threads do not outlive a fork: workers are forked afterwards.
-MANIFEST = "tnt-index.json"
+MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 STORES = ("s3://", "gs://", "azure://", "r2://", "local:")
 LITDATA = "needs litdata: pip install 'tnt-lightning[stream]'"
@@ -254,23 +254,31 @@ _clients: dict[tuple[int, str], Any] = {}  # by process: a connection does not o
 
 def download(address: str, file: Path) -> None:
     """An object into a file that is not there yet; UserError in one line."""
-    try:
-        from litdata.streaming.downloader import get_downloader
-    except ImportError:
-        raise UserError(f"{address}: {LITDATA}") from None
     folder = address.rpartition("/")[0]
     key = os.getpid(), folder
     try:
+        if address.startswith("local:"):
+            shutil.copyfile(address.removeprefix("local:"), file)
+            return
         if key not in _clients:
+            from litdata.streaming.downloader import get_downloader
+
             _clients[key] = get_downloader(folder, str(file.parent), [])
-        _clients[key].download_file(address, str(file))
-        if not file.exists():
-            raise FileNotFoundError("nothing came")
+        with file.open("wb") as target:
+            # And not download_file: for S3 its client is one whose threads do not outlive a fork, and which refuses plain http.
+            _clients[key].download_fileobj(address, target)
+    except ImportError as error:
+        raise UserError(f"{address}: {LITDATA}" if _is_of_litdata(error) else f"{address}: {_one_line(error)}") from None
     except Exception as error:  # whatever the store's own client raises
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{address}: cannot be fetched ({type(error).__name__}: {why}); look at the address, the rights and the disk"
-        ) from None
+        raise UserError(f"{address}: cannot be fetched ({_one_line(error)}); look at the address, the rights and the disk") from None
+
+
+def _is_of_litdata(error: ImportError) -> bool:
+    return (error.name or "").split(".")[0] == "litdata"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class Shards:
