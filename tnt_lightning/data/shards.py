@@ -171,10 +171,10 @@ class Remote(Place):
             )
         # In shared memory: the loader's process says what follows what, its workers fetch.
         self.next = torch.arange(1, len(chunks) + 1, dtype=torch.int32).share_memory_()
-        self._ahead: threading.Thread | None = None
+        self._ask: tuple[int, BinaryIO] | None = None  # the process that asks, and where it writes what it has opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_ahead": None}
+        return {**super().__getstate__(), "_ask": None}
 
     def follow(self, numbers: np.ndarray) -> None:
         """In this order chunks will be wanted."""
@@ -189,10 +189,24 @@ class Remote(Place):
                 break
             except FileNotFoundError:  # not yet here, or deleted since
                 self._fetch(number)
-        if self._ahead is None or not self._ahead.is_alive():
-            self._ahead = threading.Thread(target=self._fetch_after, args=(number,), daemon=True)
-            self._ahead.start()
+        with contextlib.suppress(OSError):  # without: each is fetched when its turn comes
+            self._fetch_ahead(number)
         return file
+
+    def _fetch_ahead(self, number: int) -> None:
+        """In a process: the store's client draws from the generators that the augmentation draws from, so a thread would change pixels."""
+        if self._ask is None or self._ask[0] != os.getpid():
+            read, write = os.pipe()
+            if os.fork() == 0:
+                try:
+                    os.close(write)
+                    while asked := os.read(read, 4096):  # nothing: who asked has ended
+                        self._fetch_after(struct.unpack("<i", asked[-4:])[0])
+                finally:
+                    os._exit(0)
+            os.close(read)
+            self._ask = os.getpid(), os.fdopen(write, "wb", buffering=0)  # closed with this object
+        self._ask[1].write(struct.pack("<i", number))
 
     def _fetch_after(self, number: int) -> None:
         for _ in range(self.AHEAD):
