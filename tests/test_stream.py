@@ -19,12 +19,14 @@ from litdata.streaming import downloader
 from PIL import Image
 
 from tnt_lightning import prepare as preparing
+from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits, ImageNet, ImageNetStream
 from tnt_lightning.data import shards as shards_module
 from tnt_lightning.data.shards import MANIFEST, Manifest, Remote, Shards, open_shards
 from tnt_lightning.data.stream import StreamOrder, chunks_of
 from tnt_lightning.errors import UserError
 
+from . import layouts
 from .conftest import QUICK, command, resolved
 
 AUGMENTED = dict(crop_scale=[0.08, 1.0], hflip=0.5, rand_augment="rand-m9-mstd0.5-inc1")
@@ -43,9 +45,17 @@ def make_tree(root: Path, train: int, val: int) -> Path:
     return root
 
 
+def photos(root: Path) -> None:
+    """Of a camera that was held upright, which ImageFolder turns."""
+    layouts.folder(root)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    layouts.photo(1, (20, 10)).save(root / "train" / "cat" / "upright.jpg", exif=exif)
+
+
 def prepared(root: Path, out: Path, *overrides: str, chunk_mb: float = SMALL) -> Manifest:
     """What the command does, in this process."""
-    config = resolved("data=imagenet", f"data.root={root}", "data.num_classes=3", "data.num_workers=2", *overrides)
+    config = resolved("data=imagenet", f"data.root={root}", "data.num_classes=3", "data.num_workers=2", "data.subset=true", *overrides)
     return preparing.prepare(config, out, chunk_mb=chunk_mb)
 
 
@@ -99,7 +109,15 @@ def equal(these, those):
 
 def test_killed_prepare_goes_on_where_it_was_and_its_shards_train_a_model(tmp_path):
     root, out = make_tree(tmp_path / "images", 60, 7), tmp_path / "out"
-    line = ["data=imagenet", f"data.root={root}", "data.num_classes=3", "data.num_workers=1", f"out={out}", "chunk_mb=0.0005"]
+    line = [
+        "data=imagenet",
+        f"data.root={root}",
+        "data.num_classes=3",
+        "data.num_workers=1",
+        "data.subset=true",
+        f"out={out}",
+        "chunk_mb=0.0005",
+    ]
     begun = subprocess.Popen(
         [sys.executable, "-m", "tnt_lightning.prepare", *line], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -143,10 +161,10 @@ def test_killed_prepare_goes_on_where_it_was_and_its_shards_train_a_model(tmp_pa
 
 def test_shards_hold_the_original_files_and_litdata_reads_them(tree, whole):
     manifest, place = open_shards(str(whole), keep=2)
-    folder = ImageNet(root=str(tree), num_classes=3)
+    folder = ImageNet(root=str(tree), num_classes=3, subset=True)
     folder.setup()
     for name, split in (("train", folder.parts.train), ("val", folder.parts.val)):
-        ours = Shards(place, manifest.split(name), manifest.classes)
+        ours = Shards(place, manifest.split(name), manifest)
         assert ours.labels == list(split.labels) and ours.classes == list(split.classes)
         files = [Path(preparing.original(split, i)[0]) for i in range(len(ours.labels))]
         for index, file in enumerate(files):
@@ -162,6 +180,22 @@ def test_a_shard_of_training_is_a_mixture_and_evaluation_keeps_its_order(whole):
     train, val = ([manifest.chunks[i].images for i in manifest.split(name)] for name in ("train", "val"))
     assert len(train) > 5 and sum(len(set(images[:, 1])) > 1 for images in train) >= len(train) - 2
     assert np.concatenate(val)[:, 0].tolist() == list(range(21))
+
+
+@pytest.mark.parametrize("name, lay", [("imagenet", layouts.imagenet_tars), ("pets", layouts.pets), ("folder", photos)])
+def test_any_data_set_of_files_gives_its_own_pixels(tmp_path, name, lay):
+    lay(tmp_path / "set")
+    few = ["data.num_classes=2"] if name == "imagenet" else []
+    config = resolved(f"data={name}", f"data.root={tmp_path / 'set'}", "data.subset=true", "data.num_workers=1", *few)
+    preparing.prepare(config, tmp_path / "out", chunk_mb=0.01)
+    theirs = build_data(config)
+    theirs.setup()
+    ours = stream(tmp_path / "out", num_classes=theirs.num_classes)
+    for a, b in zip(ours.parts, theirs.parts, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.labels == list(b.labels) and a.classes == list(b.classes)
+            assert all(a[i][0].size == b[i][0].size and a[i][0].tobytes() == b[i][0].tobytes() for i in range(len(a.labels)))
 
 
 def test_images_without_files_are_kept_to_the_pixel(tmp_path):
@@ -245,7 +279,7 @@ def test_a_damaged_shard_is_named_in_one_line_by_verify_and_in_training(out, spo
 
 def test_a_bit_outside_the_images_is_found_by_verify(out):
     manifest, place = open_shards(str(out), keep=2)
-    shards = Shards(place, manifest.split("train"), None)
+    shards = Shards(place, manifest.split("train"), manifest)
     name = shards.read(5)[1].encode()
     file = out / manifest.chunks[shards.chunk[5]].name
     flip(file, file.read_bytes().index(name))
@@ -358,7 +392,7 @@ def test_the_start_in_the_middle_is_that_of_each_rank(whole):
 
 
 def test_an_image_is_augmented_as_from_the_folder(tree, whole):
-    folder = ImageNet(root=str(tree), **OURS, augmentation=AUGMENTED)
+    folder = ImageNet(root=str(tree), **OURS, subset=True, augmentation=AUGMENTED)
     folder.setup()
 
     def images(data):
@@ -496,7 +530,7 @@ def test_mistakes_are_answered_in_one_line(tree, whole, tmp_path, monkeypatch):
         (dict(root=str(tree)), f"{tree / MANIFEST}: no such file; data.root is the folder that"),
         (dict(root="ftp://host/path"), "data.root=ftp://host/path: neither a folder nor an address that begins with s3://"),
         (dict(root="local:/nowhere"), "local:/nowhere/shards.json: cannot be fetched .FileNotFoundError"),
-        (dict(root=str(whole), num_classes=1000), "3 classes, data.num_classes=1000; set data.num_classes=3"),
+        (dict(root=str(whole), num_classes=1000), "data.num_classes=1000: the set has 3 classes; set data.num_classes=3"),
         (dict(root=str(whole), window=0), "data.window=0 is not a whole number of at least 1"),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -27,8 +27,8 @@ from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from tnt_lightning.data import ImageDataModule
-    from tnt_lightning.data.module import Labelled
     from tnt_lightning.data.shards import Chunk, Manifest
+    from tnt_lightning.data.splits import Labelled
 
 RECORDS = ".prepare"  # in out, until all is done: the plan, and a record of each finished shard
 MEASURED = 500  # files of a split whose size says how many images go into a shard
@@ -65,7 +65,7 @@ def prepare(config: dict[str, Any], out: Path, *, chunk_mb: float = 64) -> "Mani
     from tnt_lightning.build import build_data
     from tnt_lightning.data.shards import MANIFEST, Manifest
 
-    data = build_data(config)
+    data = build_data({**config, "data": {**config["data"], "cache": False}})
     data.setup()
     assert data.parts is not None
     splits = {name: split for name, split in data.parts._asdict().items() if split is not None}
@@ -123,7 +123,10 @@ class Shard(NamedTuple):
 
 def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float) -> dict[str, Any]:
     """All that decides which image goes where; a command that is started again must come to the same."""
-    made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "splits": {}}
+    from tnt_lightning.data import ImageFolder
+
+    as_seen = isinstance(data, ImageFolder)  # how its images are to be decoded: see there
+    made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "as_seen": as_seen, "splits": {}}
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()
         for index in range(count):
@@ -146,14 +149,16 @@ def deal(made: dict[str, Any]) -> list[Shard]:
 
 def original(split: "Labelled", index: int) -> tuple[str, Callable[[], int], Callable[[], bytes]]:
     """Of an image: its name, how to get the size of its file, and how to get the file's bytes; of one in memory they are a PNG's."""
-    from tnt_lightning.data.datasets import Folder
-    from tnt_lightning.data.module import Joined, Part
+    from tnt_lightning.data.splits import Files, Joined, Part, Tar
 
     while isinstance(split, (Part, Joined)):
         split, index = (split.whole, split.indices[index]) if isinstance(split, Part) else split.places[index]
-    if isinstance(split, Folder):
-        path = Path(split.samples[index][0])
+    if isinstance(split, Files):
+        path = Path(split.path(index))
         return "/".join(path.parts[-2:]), lambda: path.stat().st_size, path.read_bytes
+    if isinstance(split, Tar):
+        tar = split
+        return tar.name(index), lambda: tar.size(index), lambda: tar.read(index)
     image = split[index][0]
 
     def png() -> bytes:
@@ -247,7 +252,7 @@ def read_again(out: Path, manifest: "Manifest", *, threads: int) -> None:
     from tnt_lightning.data.shards import Place, Shards, sha256
 
     place = Place(str(out), manifest.chunks, keep=2 * max(1, threads))
-    shards = {name: Shards(place, manifest.split(name), manifest.classes) for name in manifest.made["splits"]}
+    shards = {name: Shards(place, manifest.split(name), manifest) for name in manifest.made["splits"]}
     for name, made in manifest.made["splits"].items():
         if len(shards[name].labels) != made["images"]:
             raise UserError(f"{out}: {len(shards[name].labels):,} images in {name}, {made['images']:,} were to be written")

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tnt_lightning.data.images import open_image
+from tnt_lightning.data.images import open_as_seen, open_image
 from tnt_lightning.errors import UserError
 
 FORMAT = 1
@@ -301,8 +301,9 @@ class Shards:
     chunk (n,): the number of the chunk in which an image lies
     """
 
-    def __init__(self, place: Place, numbers: range, classes: list[str] | None):
-        self.place, self.classes = place, classes
+    def __init__(self, place: Place, numbers: range, manifest: Manifest):
+        self.place, self.classes = place, manifest.classes
+        self._open = open_as_seen if manifest.made["as_seen"] else open_image
         images = np.concatenate([place.chunks[number].images for number in numbers])
         counts = [len(place.chunks[number].images) for number in numbers]
         index = images[:, 0].astype(np.int64)
@@ -319,7 +320,7 @@ class Shards:
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         content, name = self.read(index)
         chunk = self.place.chunks[int(self.chunk[index])]
-        return open_image(content, f"{self.place.address}/{chunk.name}: {name}"), int(self._label[index])
+        return self._open(content, f"{self.place.address}/{chunk.name}: {name}"), int(self._label[index])
 
     def read(self, index: int) -> tuple[bytes, str]:
         """The bytes of the original file, and its name; UserError that names the chunk where they are not those that were written."""

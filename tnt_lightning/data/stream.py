@@ -16,8 +16,8 @@ class ImageNetStream(ImageDataModule):
     """A data set as `python -m tnt_lightning.prepare` wrote it into root: a folder, or an address such as s3://BUCKET/PATH.
 
     Image i of a split, its label and its augmentation in (seed, epoch, repeat) are those of the data set that was prepared. The order
-    depends on (seed, epoch), the shards and the number of machines, each of which reads shards of its own; not on the devices of a
-    machine nor on the workers.
+    depends on (seed, epoch), `window`, the shards and the number of machines, each of which reads shards of its own; not on the devices
+    of a machine nor on the workers.
 
     window: shards that images are mixed among at a time
     cache_dir: where shards from afar are kept; None: ~/.cache/tnt_lightning/shards
@@ -40,21 +40,20 @@ class ImageNetStream(ImageDataModule):
             limit=None if self.cache_gb is None else round(self.cache_gb * 1e9),
         )
         numbers = {name: manifest.split(name) for name in SPLITS}
-        train, val, test = (Shards(place, numbers[name], manifest.classes) if numbers[name] else None for name in SPLITS)
+        train, val, test = (Shards(place, numbers[name], manifest) if numbers[name] else None for name in SPLITS)
         assert train is not None
-        found = len(manifest.classes) if manifest.classes else max(train.labels) + 1
-        if found != self.num_classes:
-            raise UserError(f"{self.root}: {found} classes, data.num_classes={self.num_classes}; set data.num_classes={found}")
         return Splits(train, val, test)
 
     def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
         assert self.parts is not None
+        if self.cache:
+            return super()._train_order(size, **arguments)  # in memory: mixed among all of them
         lie = chunks_of(self.parts.train)
         nodes = self.trainer.num_nodes if self.trainer else 1
         return StreamOrder(size, lie=lie, place=_place_of(self.parts.train), window=self.window, nodes=nodes, **arguments)
 
     def _eval_order(self, split: Labelled) -> Sequence[int]:
-        return np.argsort(chunks_of(split), kind="stable").tolist()
+        return super()._eval_order(split) if self.cache else np.argsort(chunks_of(split), kind="stable").tolist()
 
 
 class StreamOrder(TrainOrder):
