@@ -417,6 +417,13 @@ def test_evaluation_counts_every_image_once(whole, world, val_fraction, count):
     assert seen == Counter((transform(want[i][0].convert("RGB")).numpy().tobytes(), want.labels[i]) for i in range(count))
 
 
+def test_held_in_memory_it_is_the_same_images(whole):
+    held, data = stream(whole, cache=True), stream(whole)
+    assert equal(list(held.val_dataloader()), list(data.val_dataloader()))
+    shown = [Counter(image.numpy().tobytes() for images, _ in epoch(each) for image in images) for each in (held, data)]
+    assert shown[0] == shown[1]
+
+
 # ---- from afar
 
 

@@ -83,9 +83,9 @@ class TrainOrder(Sampler):
         return self.total // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        seeds = rng.integers(2**32, size=(self.repeats, self.size))  # before the order: whatever that draws, they stay
-        order, repeat = self._images(rng)
+        order, repeat = self._images(np.random.default_rng((self.seed, self.epoch)))
+        # By a generator of their own: the same of an image in whatever order.
+        seeds = np.random.default_rng((self.seed, self.epoch, 1)).integers(2**32, size=(self.repeats, self.size))
         mine = slice(self.rank + self.start * self.world, None, self.world)
         self.start = 0
         return iter(zip(order[mine].tolist(), seeds[repeat[mine], order[mine]].tolist(), strict=True))
