@@ -46,7 +46,7 @@ MISTAKES = {
     "recipe.augmentation.mixup=1": "recipe.augmentation.mixup=1: not set in this configuration; +recipe.augmentation.mixup=1 adds it",
     # an unknown option, with the list
     "model=tnt_xl": f"model=tnt_xl not found; available: {MODELS}",
-    "data=cifar": "data=cifar not found; available: cifar10, cifar100, digits, flowers, folder, imagenet, inat2018",
+    "data=cifar": "data=cifar not found; available: cifar10, cifar100, digits, flowers, folder, imagenet, imagenet_stream, inat2018",
     "optimizer.opt=adamm": "optimizer.opt=adamm: timm has no such optimizer; did you mean adam or ",
     "recipe.interpolation=cubic": "recipe.interpolation=cubic is not one of nearest, bilinear, bicubic, lanczos",
     "position_encoding=words": "position_encoding='words' is not one of 'none', 'sentence', 'word', 'both'",

@@ -16,12 +16,13 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"classifier", "callbacks"},
     {"build", "show", "config", "dashboard"},
     {"cli"},
-    {"train", "evaluate", "verify", "benchmark"},
+    {"train", "evaluate", "verify", "prepare", "benchmark"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
-    "hydra": {"cli", "train", "evaluate", "verify"},
+    "hydra": {"cli", "train", "evaluate", "verify", "prepare"},
     "lightning": {"classifier", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
     "wandb": {"dashboard"},
+    "litdata": {"data", "prepare"},
 }
 
 

@@ -12,7 +12,9 @@ def test_the_direct_pins_are_those_of_the_constraints_file():
     entry = r"^([a-z0-9_.-]+==[^ ]+(?: ; .*?)?) \\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n?)+)"
     pinned = re.findall(entry, (ROOT / "constraints.txt").read_text(), re.M)
     names = {pin.split("==")[0] for pin, _ in pinned}
-    direct = {re.split(r"[><= ]", need)[0].lower() for need in project["project"]["dependencies"] + project["dependency-groups"]["dev"]}
+    optional = [need for extra in project["project"]["optional-dependencies"].values() for need in extra]
+    needs = project["project"]["dependencies"] + optional + project["dependency-groups"]["dev"]
+    direct = {re.split(r"[><= ]", need)[0].lower() for need in needs}
     assert direct <= names
     assert set(project["tool"]["uv"]["constraint-dependencies"]) == {pin for pin, _ in pinned if pin.split("==")[0] in direct}
 

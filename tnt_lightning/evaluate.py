@@ -86,7 +86,7 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
     """
     from tnt_lightning import show
     from tnt_lightning.build import build_classifier, build_data
-    from tnt_lightning.data import ImageNet
+    from tnt_lightning.data import ImageNet, ImageNetStream
     from tnt_lightning.models.weights import load_weights
 
     classifier = build_classifier(config)
@@ -99,7 +99,7 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
     if trainer.is_global_zero:
         show.start_from(loaded)
         print("pixels " + ", ".join(f"{name} {config['data'][name]}" for name in loaded.preprocessing))
-        if loaded.published and isinstance(data, ImageNet) and data.parts is not None:
+        if loaded.published and isinstance(data, ImageNet | ImageNetStream) and data.parts is not None:
             top1, model = loaded.published
             benchmark = "val/top1" if data.parts.test is None else "test/top1"  # where val is carved out of training
             _table(figures, f"published ({model})", {benchmark: top1})

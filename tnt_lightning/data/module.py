@@ -41,10 +41,10 @@ class Transformed(Dataset):
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[Tensor, int] | None:
         index, seed = key if isinstance(key, tuple) else (key, None)
-        if seed is not None:
-            _seed_all(seed)
         try:
             image, label = self.split[index]
+            if seed is not None:  # now, since to read an image may draw too: from afar, by the store's client
+                _seed_all(seed)
             if image.mode != self.mode:  # convert() copies even where there is nothing to convert
                 image = decoded(image).convert(self.mode)
             return self.transform(image), label
@@ -89,12 +89,16 @@ class TrainOrder(Sampler):
         return self.total // self.world
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
-        order = rng.permutation(self.size).repeat(self.repeats)[: self.total]
-        seeds = rng.integers(2**32, size=(self.repeats, self.size))[np.arange(self.total) % self.repeats, order]
+        order, repeat = self._images(np.random.default_rng((self.seed, self.epoch)))
+        # By a generator of their own: the same of an image in whatever order.
+        seeds = np.random.default_rng((self.seed, self.epoch, 1)).integers(2**32, size=(self.repeats, self.size))
         mine = slice(self.rank + self.start * self.world, None, self.world)
         self.start = 0
-        return iter(zip(order[mine].tolist(), seeds[mine].tolist(), strict=True))
+        return iter(zip(order[mine].tolist(), seeds[repeat[mine], order[mine]].tolist(), strict=True))
+
+    def _images(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """For each place of the epoch, over all ranks: which image, and which of its repeats."""
+        return rng.permutation(self.size).repeat(self.repeats)[: self.total], np.arange(self.total) % self.repeats
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -299,11 +303,14 @@ class ImageDataModule(L.LightningDataModule):
         total = size // self.batch_size * self.batch_size
         if not total:
             raise UserError(f"data.batch_size={self.batch_size} is larger than the training set of {size} images; lower it")
-        order = TrainOrder(
+        order = self._train_order(
             size, total=total, repeats=self.repeats, rank=self.rank, world=self.world, seed=self.seed, start=first_batch * self.device_batch
         )
         skipped = None if self.on_error == "stop" else str(self.skipped or "")
         return self._loader(Transformed(self.parts.train, self.train_transform, self.mode, skipped), order)
+
+    def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
+        return TrainOrder(size, **arguments)
 
     def val_dataloader(self) -> DataLoader | list:
         return self._eval_loader(self.parts.val if self.parts else None)
@@ -317,8 +324,11 @@ class ImageDataModule(L.LightningDataModule):
         if len(split.labels) < self.world:
             raise UserError(f"{len(split.labels)} images to evaluate on {self.world} devices: each needs one; lower trainer.devices")
         # Lightning's own sampler pads to equal lengths and would count 101 images as 102 on two ranks.
-        mine = range(self.rank, len(split.labels), self.world)
+        mine = self._eval_order(split)[self.rank :: self.world]
         return self._loader(Transformed(split, self.eval_transform, self.mode), mine)
+
+    def _eval_order(self, split: Labelled) -> Sequence[int]:
+        return range(len(split.labels))
 
     def _loader(self, images: Transformed, order: Sampler | Sequence[int]) -> DataLoader:
         self._check_shared_memory()

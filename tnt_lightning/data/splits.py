@@ -101,12 +101,17 @@ class Tar:
     def name(self, index: int) -> str:
         return bytes(self.names[index]).decode()
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def size(self, index: int) -> int:
+        return int(self._sizes[index])
+
+    def read(self, index: int) -> bytes:
         if self._file is None:
             self._file = os.open(self.tar, os.O_RDONLY)
         # pread: workers that were forked share the file's position.
-        content = os.pread(self._file, int(self._sizes[index]), int(self._offsets[index]))
-        return open_image(content, f"{self.tar}:{self.name(index)}"), self.labels[index]
+        return os.pread(self._file, self.size(index), int(self._offsets[index]))
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return open_image(self.read(index), f"{self.tar}:{self.name(index)}"), self.labels[index]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
