@@ -24,7 +24,12 @@ def test_data_is_measured_beside_timms(tmp_path):
     assert {"commit", "device", "cpu", "versions"} <= written.keys() and written["config"]["rounds"] == 2
     loaders = [row for row in written["rows"] if row["what"] == "loader"]
     assert {(row["size"], row["num_workers"], row["name"]) for row in loaders} == {
-        *((size, workers, name) for size in ("60x50", "100x80") for workers in (0, 1) for name in ("timm", "ours")),
+        *(
+            (size, workers, name)
+            for size in ("60x50", "100x80")
+            for workers in (0, 1)
+            for name in ("timm", "ours", "ours, data.cache=true")
+        ),
         *((size, 0, "ours, fast_resize") for size in ("60x50", "100x80")),
         *(("100x80", 0, name) for name in ("ours, dct_scaling", "ours, fast_resize and dct_scaling")),
     }

@@ -125,7 +125,6 @@ def measure_data(config: dict[str, Any]) -> list[Row]:
             root = Path(folder) / size
             for _ in progress.track(make_photos(root, size, data["images"], config["seed"]), data["images"], description=f"{size}: photos"):
                 pass
-            # A row of images held decoded in memory (data.cache) would be one more contestant here.
             for workers in sorted({0, data["num_workers"]}):
                 loaders = contestants(root, data, workers, larger=min(pixels(size)) >= 2 * data["image_size"])
                 times: dict[str, list[float]] = {name: [] for name in loaders}
@@ -144,20 +143,25 @@ def measure_data(config: dict[str, Any]) -> list[Row]:
 
 def contestants(root: Path, data: dict[str, Any], workers: int, *, larger: bool) -> dict[str, "DataLoader"]:
     """timm first; what is not to the bit after what is. Only larger photos have crops that are decoded at a half."""
-    exact = {"timm": timms_loader(root, data, workers), "ours": ours(root, data, workers).train_dataloader()}
+    exact = {
+        "timm": timms_loader(root, data, workers),
+        "ours": ours(root, data, workers).train_dataloader(),
+        "ours, data.cache=true": ours(root, data, workers, cache=True).train_dataloader(),
+    }
     if workers:
         return exact
     options = [("fast_resize",), *([("dct_scaling",), ("fast_resize", "dct_scaling")] if larger else [])]
     return exact | {f"ours, {' and '.join(names)}": ours(root, data, workers, names).train_dataloader() for names in options}
 
 
-def ours(root: Path, data: dict[str, Any], workers: int, options: Sequence[str] = ()) -> "ImageNet":
+def ours(root: Path, data: dict[str, Any], workers: int, options: Sequence[str] = (), *, cache: bool = False) -> "ImageNet":
     from tnt_lightning.data import ImageNet
 
     module = ImageNet(
         root=str(root),
         num_classes=1,
         subset=True,
+        cache=cache,
         image_size=data["image_size"],
         batch_size=data["batch_size"],
         num_workers=workers,
