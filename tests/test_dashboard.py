@@ -216,7 +216,8 @@ def test_colour_and_names_of_classes(tmp_path, nobody):
         for i in range(4):
             Image.fromarray(rng.integers(0, 255, (40, 40, 3)).astype(np.uint8)).save(tmp_path / part / name / f"{i}.png")
     train(
-        tmp_path / "run", "data=imagenet", f"data.root={tmp_path}", "data.num_classes=2", "data.batch_size=4", "data.num_workers=0",
+        tmp_path / "run", "data=imagenet", f"data.root={tmp_path}", "data.num_classes=2", "data.subset=true", "data.batch_size=4",
+        "data.num_workers=0",
         "model=tnt_ti", "image_size=32", "model.depth=1", "data.val_fraction=0.25", "logger.num_images=9", "recipe.epochs=1",
         "recipe.warmup_epochs=0",
     )  # fmt: skip

@@ -415,7 +415,14 @@ def test_evaluate_measures_with_the_weights_own_pixels_beside_the_published_figu
     theirs = shaken("deit_small_patch16_224")
     torch.save(theirs.state_dict(), tmp_path / "deit.pth")
     few = ("data.batch_size=4", "data.num_workers=0", "trainer.limit_val_batches=1")
-    line = ("model=deit_s", "data=imagenet", f"data.root={thousand}", "weights=deit.pth", *("+" * (o[0] == "t") + o for o in few))
+    line = (
+        "model=deit_s",
+        "data=imagenet",
+        f"data.root={thousand}",
+        "data.subset=true",
+        "weights=deit.pth",
+        *("+" * (o[0] == "t") + o for o in few),
+    )
     done = command("evaluate", *line, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "pixels mean [0.485, 0.456, 0.406], std [0.229, 0.224, 0.225], crop_pct 0.9, interpolation bicubic" in done.stdout
@@ -453,7 +460,14 @@ def test_the_published_figure_stands_beside_the_benchmark(tmp_path, thousand, ca
     for label in range(1000):  # two training images a class, as one is carved out
         image = thousand / "train" / f"n{label:08}" / "0.JPEG"
         (image.parent / "1.JPEG").write_bytes(image.read_bytes())
-    carved = ("model=deit_s", "data=imagenet", f"data.root={thousand}", f"weights={tmp_path / 'deit.pth'}", "data.val_fraction=0.5")
+    carved = (
+        "model=deit_s",
+        "data=imagenet",
+        "data.subset=true",
+        f"data.root={thousand}",
+        f"weights={tmp_path / 'deit.pth'}",
+        "data.val_fraction=0.5",
+    )
     evaluate_weights(resolved(*carved, *few), set())
     rows = [line for line in capsys.readouterr().out.splitlines() if "/top1" in line]
     assert [("79.8" in row) for row in rows] == [False, True] and "test/top1" in rows[1]
