@@ -10,7 +10,7 @@ from timm.data import auto_augment as timms
 
 _MODES = ("L", "RGB")
 _CUBIC = np.array([[0, 1, 0, 0], [-1, 0, 1, 0], [2, -2, 1, -1], [-1, 1, -1, 1]], float)  # Pillow's, by powers of t
-_DOUBT = 2e-3  # more than float32 can be wrong by here: four products and three sums of values up to about 1,000
+_DOUBT = 2e-3  # ten times what float32 can be wrong by here: four products and three sums of values up to about 400
 _ROWS = 56  # at a time: fresh memory, which the system has to clear, costs more than the arithmetic
 
 
