@@ -1,6 +1,7 @@
 """What is done sooner than in Pillow and timm gives the same bits."""
 
 import io
+import itertools
 import random
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.auto_augment import posterize, translate_x_rel, translate_y_rel
+from timm.data.auto_augment import posterize
 
 from tnt_lightning.benchmark import photo as like_a_photo
+from tnt_lightning.data import augment
 from tnt_lightning.data.images import open_image, upper_rows
-from tnt_lightning.data.transforms import moved_sideways, moved_upwards, safe_posterize, train_transform
+from tnt_lightning.data.transforms import train_transform
 from tnt_lightning.errors import UserError
 
 from . import layouts
@@ -77,17 +79,41 @@ def test_a_file_that_ends_before_the_rows_is_an_error(tmp_path):
         open_image(str(file))
 
 
-@pytest.mark.parametrize("ours, theirs", [(moved_sideways, translate_x_rel), (moved_upwards, translate_y_rel)])
-def test_moved_images_equal_timms(ours, theirs):
-    rng = random.Random(0)
-    shares = [0.0, 0.45, -0.45, 1 / 7, 0.25, 0.999, -1.0, 1.5, *(rng.uniform(-0.45, 0.45) for _ in range(60))]
-    for mode, fill in (("RGB", (124, 116, 104)), ("L", (7,))):
-        for size in ((224, 224), (31, 17), (2, 1), (5, 64)):
-            image = photo(size=size).resize((size[0] // 2 + 1, size[1] // 2 + 1)).resize(size).convert(mode)  # smooth, as photos are
-            for share in shares:
-                for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
-                    kwargs = dict(resample=resample, fillcolor=fill)
-                    np.testing.assert_array_equal(np.asarray(ours(image, share, **kwargs)), np.asarray(theirs(image, share, **kwargs)))
+ARGUMENTS: dict[str, list] = {
+    "auto_contrast": [()],
+    "equalize": [()],
+    "invert": [()],
+    "posterize": [(n,) for n in (1, 2, 4, 7, 8)],
+    "solarize": [(x,) for x in (0, 1, 128, 255, 256)],
+    "solarize_add": [(x,) for x in (0, 1, 99, 110)],
+    "contrast": [(x,) for x in (0.1, 0.7, 1.0, 1.9)],
+    "sharpness": [(x,) for x in (0.1, 0.7, 1.0, 1.9)],
+    "shear": [(x,) for x in (0.0, 0.3, -0.3, 1 / 7, 0.25, -1.0, 3.0, 1e-9, -1e-12, 500.0)],
+    "translate": [(x,) for x in (0.0, 0.45, -0.45, 1 / 7, 0.25, 0.999, -1.0, 1.5)],
+}
+
+
+@pytest.mark.parametrize("theirs", augment.OURS, ids=lambda f: f.__name__)
+def test_an_operation_equals_timms(theirs):
+    ours, rng = augment.OURS[theirs], random.Random(theirs.__name__)
+    kind = theirs.__name__ if theirs.__name__ in ARGUMENTS else theirs.__name__.split("_")[0]
+    noise = np.random.default_rng(0)
+    images = [Image.fromarray(noise.integers(0, 256, (40, 50, 3), dtype=np.uint8)), like_a_photo((224, 224), noise)]
+    images += [Image.new("RGB", (40, 30), (255, 0, 7))]  # areas of one colour: no histogram to stretch
+    images += [Image.fromarray(noise.integers(90, 93 + i, (9, 40, 3), dtype=np.uint8)) for i in range(3)]
+    for size in ((31, 17), (2, 1), (1, 1), (5, 64), (224, 120)):
+        images.append(photo(size=size).resize((size[0] // 2 + 1, size[1] // 2 + 1)).resize(size))  # smooth, as photos are
+    images[-1].paste((255, 255, 255), (0, 0, 100, 90))  # and an edge that a cubic overshoots
+    for image, mode in itertools.product(images, ("RGB", "L", "CMYK")):
+        more = [(rng.uniform(-0.45, 0.45),) for _ in range(4)] if kind in ("shear", "translate") else []
+        for arguments in ARGUMENTS[kind] + more:
+            for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR)[: 2 if more else 1]:
+                kwargs = dict(resample=resample, fillcolor=(124, 116, 104, 9)[: len(mode)])
+                try:
+                    want = theirs(image.convert(mode), *arguments, **kwargs)
+                except OSError:  # no such operation for CMYK
+                    continue
+                np.testing.assert_array_equal(np.asarray(ours(image.convert(mode), *arguments, **kwargs)), np.asarray(want))
 
 
 def test_a_batch_of_files_equals_timms(imagenet):  # noqa: F811
@@ -104,7 +130,7 @@ def test_a_batch_of_files_equals_timms(imagenet):  # noqa: F811
     )
     for op in theirs.transforms[2].ops:
         if op.aug_fn is posterize:
-            op.aug_fn = safe_posterize
+            op.aug_fn = augment.safe_posterize
     for epoch in range(8):
         loader.sampler.set_epoch(epoch)
         images, labels = next(iter(loader))

@@ -177,7 +177,7 @@ def timms_loader(root: Path, data: dict[str, Any], workers: int) -> "DataLoader"
     from timm.data import ImageDataset, create_loader
     from timm.data.auto_augment import posterize
 
-    from tnt_lightning.data.transforms import safe_posterize
+    from tnt_lightning.data.augment import safe_posterize
 
     loader = create_loader(
         ImageDataset(str(root / "train")),

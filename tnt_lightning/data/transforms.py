@@ -5,13 +5,11 @@ The steps are timm's and torchvision's own, in timm's order; a recipe chooses am
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data.auto_augment import RandAugment, posterize, rand_augment_transform, translate_x_rel, translate_y_rel
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import RandomResizedCropAndInterpolation, str_to_interp_mode, str_to_pil_interp
@@ -20,6 +18,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 
+from tnt_lightning.data.augment import sooner
 from tnt_lightning.data.images import decoded, scaled, upper_rows
 from tnt_lightning.errors import UserError
 
@@ -66,7 +65,7 @@ def train_transform(
             raise UserError(
                 f"recipe.augmentation.rand_augment={rand_augment}: no policy of timm's; the paper's is rand-m9-mstd0.5-inc1"
             ) from None
-        steps.append(_mended(policy))
+        steps.append(sooner(policy))
     elif color_jitter:
         steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
     return transforms.Compose([*steps, transforms.PILToTensor()])
@@ -96,60 +95,6 @@ class RandomResizedCrop(RandomResizedCropAndInterpolation):
 def eval_transform(size: tuple[int, int], *, crop_pct: float = 0.9, interpolation: str = "bicubic") -> Transform:
     """PIL image -> uint8 (C, height, width): the middle crop_pct of the image."""
     return transforms.Compose([decoded, transforms_imagenet_eval(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)])
-
-
-def _mended(policy: RandAugment) -> RandAugment:
-    """The same pixels for the same draws: without the error, and sooner."""
-    ours: dict[Callable, Callable] = {posterize: safe_posterize, translate_x_rel: moved_sideways, translate_y_rel: moved_upwards}
-    for op in policy.ops:
-        op.aug_fn = ours.get(op.aug_fn, op.aug_fn)
-    policy.ops = np.array(policy.ops, dtype=object)  # np.random.choice would make an array of the list for each image
-    return policy
-
-
-def safe_posterize(image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
-    """timm's policies can ask to keep 0 bits: black up to Pillow 12, a ValueError since Pillow 13 that ends a training run."""
-    return posterize(image, bits_to_keep, **kwargs) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
-def moved_sideways(image: Image.Image, share: float, **kwargs: Any) -> Image.Image:
-    """timm's translate_x_rel."""
-    if kwargs["resample"] != Image.Resampling.BICUBIC:
-        return translate_x_rel(image, share, **kwargs)
-    turned = moved_upwards(image.transpose(Image.Transpose.TRANSPOSE), share, **kwargs)
-    return turned.transpose(Image.Transpose.TRANSPOSE)
-
-
-def moved_upwards(image: Image.Image, share: float, **kwargs: Any) -> Image.Image:
-    """timm's translate_y_rel: Pillow's bicubic affine map, to the bit, in less than half of its time.
-
-    A map is general: a cubic along each of four rows and a fifth across them, for each pixel. Here four of the five have nothing to do, and
-    neither has what comes from outside. The order of the operations in float64 is Pillow's (Geometry.c), since it cuts off, not rounds.
-    """
-    if kwargs["resample"] != Image.Resampling.BICUBIC:
-        return translate_y_rel(image, share, **kwargs)
-    width, height = image.size
-    ground = Image.new(image.mode, image.size, kwargs["fillcolor"])
-    source = np.arange(height) + 0.5 + share * height  # of each row of the result
-    inside = np.flatnonzero((source >= 0) & (source < height))
-    if not len(inside):
-        return ground
-    source = source[inside] - 0.5
-    above = np.floor(source).astype(int)
-    t = (source - above)[:, None]
-    rows = np.arange(above[0] - 1, above[-1] + 3).clip(0, height - 1)  # p, q, r, s for the first row, q, r, s, ... for the next
-    pixels = np.asarray(image).reshape(height, -1)[rows].astype(np.int16)
-    step = np.diff(pixels, axis=0)
-    first, second, third = step[:-2], step[1:-1], step[2:]  # q - p, r - q, s - r
-    moved = (first + third) * t  # q + t * ((r - p) + t * ((2 * (p - q) + r - s) + t * (-p + q - r + s)))
-    moved -= 2 * first + third
-    moved *= t
-    moved += first + second
-    moved *= t
-    moved += pixels[1:-2]
-    band = moved.astype(np.int16).clip(0, 255).astype(np.uint8)
-    ground.paste(Image.frombytes(image.mode, (width, len(inside)), band.tobytes()), (0, int(inside[0])))
-    return ground
 
 
 class BatchTransform:
