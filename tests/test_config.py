@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from tnt_lightning import CONF, create_model
 from tnt_lightning.build import build_classifier, build_data
-from tnt_lightning.config import KNOBS, check
+from tnt_lightning.config import KNOBS, check, refuse_to_continue
 from tnt_lightning.data import ImageNet
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, model_names
@@ -171,3 +171,14 @@ def test_top_level_knobs_reach_the_layers(model):
     assert build("se=true").blocks[0].outer.se is not None
     assert not hasattr(build("tnt_blocks=[1]").blocks[1], "inner")
     assert build(f"image_size={2 * side}").grid_size == (2 * side // build().patch_size,) * 2
+
+
+# ---- continuing a run
+
+
+def test_a_run_from_before_a_key_was_there_is_continued():
+    now = resolved("data=digits")
+    before = {**now, "data": {key: value for key, value in now["data"].items() if key not in ("subset", "on_error", "download", "cache")}}
+    refuse_to_continue(before, now)
+    with pytest.raises(UserError, match="data.val_fraction=0.5: the run to continue had None"):
+        refuse_to_continue(before, resolved("data=digits", "data.val_fraction=0.5"))

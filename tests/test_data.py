@@ -17,7 +17,7 @@ from timm.data.loader import PrefetchLoader
 
 from tnt_lightning.data import Digits, ImageNet
 from tnt_lightning.data.module import TrainOrder
-from tnt_lightning.data.splits import carve
+from tnt_lightning.data.splits import Held, carve
 from tnt_lightning.data.transforms import BatchTransform, eval_transform, random_affine, train_transform
 from tnt_lightning.errors import UserError
 
@@ -185,8 +185,11 @@ def test_a_broken_image_is_named_when_its_turn_comes_though_held(imagenet):
 
 def test_more_than_memory_is_refused(imagenet, monkeypatch):
     monkeypatch.setattr("tnt_lightning.data.splits._free_memory", lambda: 2**20)
-    with pytest.raises(UserError, match="data.cache=true: .* GiB of free memory; set data.cache=false"):
-        tiny(imagenet, cache=True)
+    monkeypatch.setattr(Held, "BLOCK", 2**14)
+    assert len(list(tiny(imagenet, cache=True).train_dataloader())) == 3
+    monkeypatch.setattr("tnt_lightning.data.splits._free_memory", lambda: 2**15)
+    with pytest.raises(UserError, match="data.cache=true: .* GiB of free memory for each process; set data.cache=false"):
+        tiny(imagenet, cache=True).train_dataloader()
 
 
 def test_little_shared_memory_is_said_before_it_kills_a_worker(imagenet, monkeypatch):
@@ -284,6 +287,7 @@ class Devices:
 
     def __init__(self, world_size, accumulate_grad_batches=1, global_rank=0):
         self.world_size, self.accumulate_grad_batches, self.global_rank = world_size, accumulate_grad_batches, global_rank
+        self.num_nodes = 1
 
 
 def test_batch_size_is_global():

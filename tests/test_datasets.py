@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 import threading
+import time
 import zlib
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,14 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from tnt_lightning.build import build_data
 from tnt_lightning.data import CIFAR10, CIFAR100, Digits, Flowers102, ImageFolder, ImageNet, INaturalist, OxfordPets
 from tnt_lightning.data import archives as archives_module
 from tnt_lightning.data.archives import Archive
 from tnt_lightning.data.formats import read_mat
-from tnt_lightning.data.images import open_as_seen
+from tnt_lightning.data.images import BrokenImage, decoded, open_as_seen
 from tnt_lightning.errors import UserError
 
 from . import layouts
@@ -147,11 +148,16 @@ def test_tars_hold_the_same_pixels_as_the_folders_and_are_indexed_once(tmp_path)
         for i in range(len(theirs.labels)):
             assert ours[i][1] == theirs[i][1] and np.array_equal(np.asarray(ours[i][0]), np.asarray(theirs[i][0]))
     again = pickle.loads(pickle.dumps(tars.train))
+    assert again._file is None, "a descriptor means nothing in another process"
     assert np.array_equal(np.asarray(again[0][0]), np.asarray(folders.train[0][0]))
     index = tmp_path / "tars" / ".ILSVRC2012_img_train.tar.index.npz"
     kept = index.stat().st_mtime_ns
     set_up(ImageNet, tmp_path / "tars", num_classes=2)
     assert index.stat().st_mtime_ns == kept
+    with (tmp_path / "tars" / "ILSVRC2012_img_train.tar").open("ab") as tar:
+        tar.write(bytes(512))  # another tar now
+    set_up(ImageNet, tmp_path / "tars", num_classes=2)
+    assert index.stat().st_mtime_ns != kept
     index.write_bytes(index.read_bytes()[:50])  # a damaged one is made anew
     assert labels(set_up(ImageNet, tmp_path / "tars", num_classes=2).parts.train) == list(folders.train.labels)
 
@@ -289,6 +295,19 @@ def test_inat_without_images_or_of_another_year(tmp_path):
         INaturalist(year=2017, num_classes=10)
 
 
+@pytest.mark.parametrize(
+    "name, gone", [("flowers", "image_00005.jpg"), ("pets", "american_bulldog_2.jpg"), ("inat2019", "0" * 31 + "1.jpg")]
+)
+def test_listed_images_that_are_missing_are_counted(name, gone, tmp_path):
+    layouts.MADE[name](tmp_path)
+    next(tmp_path.rglob(gone)).unlink()
+    with pytest.raises(UserError, match=f"{gone}: no such file .1 of .* listed images are missing"):
+        named(name, f"data.root={tmp_path}").setup()
+    fewer = named(name, f"data.root={tmp_path}", "data.subset=true")
+    fewer.setup()
+    assert len(fewer.parts.train.labels) == layouts.SIZES[name][0] - 1 and labels(fewer.parts.train)
+
+
 # ---- a folder of one's own
 
 
@@ -303,10 +322,53 @@ def test_one_tree_is_split_by_fraction(tmp_path):
     assert len(whole.train.labels) == 8 and whole.val is None
 
 
-@pytest.mark.parametrize("name", ["valid", "validation"])
-def test_other_names_of_the_validation_folder(name, tmp_path):
-    layouts.tree(tmp_path, ("cat", "dog"), ("train", name))
-    assert len(set_up(ImageFolder, tmp_path, num_classes=2).parts.val.labels) == 8
+@pytest.mark.parametrize("train, val", [("train", "valid"), ("Train", "Validation"), ("training", "val")])
+def test_other_names_of_the_parts(train, val, tmp_path):
+    layouts.tree(tmp_path, ("cat", "dog"), (train, val))
+    data = set_up(ImageFolder, tmp_path)
+    assert data.parts.train.classes == ["cat", "dog"] and len(data.parts.val.labels) == 8
+
+
+def test_a_folder_around_the_data_is_no_class(tmp_path):
+    layouts.tree(tmp_path / "around", ("cat", "dog"))
+    with pytest.raises(UserError, match="around/ is the only class folder; name the folder that holds train/"):
+        ImageFolder(root=str(tmp_path))
+
+
+def test_every_image_is_taken_once_and_what_is_not_is_said(tmp_path):
+    layouts.folder(tmp_path)
+    cat = tmp_path / "train" / "cat"
+    (cat / "round").symlink_to(cat)  # leads back
+    (cat / "@eaDir").mkdir()
+    (cat / "@eaDir" / "thumbnail.jpg").write_bytes(layouts.jpeg(0))
+    (cat / "new.HEIC").write_bytes(b"")
+    (tmp_path / "test" / "dog" / "new.HEIC").write_bytes(b"")
+    data = set_up(ImageFolder, tmp_path)
+    assert len(data.parts.train.labels) == 12 and "files that are taken for no images: 2 .heic" in data.notes
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    layouts.folder(tmp_path)
+    real = os.scandir
+
+    def scandir(place):  # as root, who runs tests in containers, may read everything
+        if str(place).endswith("cat"):
+            raise PermissionError(13, "Permission denied", str(place))
+        return real(place)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match="cat: Permission denied; the images in it would be missing"):
+        set_up(ImageFolder, tmp_path, num_classes=2)
+
+
+def test_a_test_folder_without_classes_is_passed_over(tmp_path):
+    layouts.folder(tmp_path)
+    for file in (tmp_path / "test").glob("*/*.JPEG"):
+        file.rename(tmp_path / "test" / file.name)
+    for folder in ("cat", "dog", ".ipynb_checkpoints"):
+        shutil.rmtree(tmp_path / "test" / folder)
+    data = set_up(ImageFolder, tmp_path)
+    assert data.parts.test is None and any("test has no class folders" in note for note in data.notes)
 
 
 @pytest.mark.parametrize(
@@ -357,6 +419,36 @@ def test_photos_are_decoded_to_what_a_person_sees(tmp_path):
     assert np.array_equal(stored, colour), "ImageNet's images are taken as they are stored, as by timm"
 
 
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
+    layouts.photo(size=(40, 32)).save(tmp_path / "x.jpg")
+    exif = b"Exif\0\0II*\0" + bytes([255, 255, 255, 127]) + bytes(range(256))
+    layouts.photo(size=(40, 32)).save(tmp_path / "y.jpg", exif=exif)
+    assert np.array_equal(pixels(tmp_path / "x.jpg"), pixels(tmp_path / "y.jpg"))
+    for orientation in range(1, 9):  # Pillow's own, where its EXIF is whole
+        tag = Image.Exif()
+        tag[0x0112] = orientation
+        layouts.photo(size=(40, 32)).save(tmp_path / "z.jpg", exif=tag)
+        assert np.array_equal(pixels(tmp_path / "z.jpg"), np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "z.jpg"))))
+
+
+@pytest.mark.parametrize("kind", ["png", "gif", "webp", "tiff", "bmp", "avif", "jpg"])
+def test_damaged_bytes_are_a_broken_image_whatever_pillow_raises(kind, tmp_path):
+    if f".{kind}" not in Image.registered_extensions():
+        pytest.skip(f"this Pillow has no {kind}")
+    layouts.photo(size=(24, 16)).save(tmp_path / f"x.{kind}")
+    whole, rng = (tmp_path / f"x.{kind}").read_bytes(), np.random.default_rng(0)
+    broken = 0
+    for i in range(60):
+        content = bytearray(whole[: int(rng.integers(1, len(whole)))] if i % 2 else whole)
+        for place in rng.integers(0, len(content), 4):
+            content[place] = int(rng.integers(256))
+        try:
+            decoded(open_as_seen(bytes(content), "x"))
+        except BrokenImage:  # and nothing else
+            broken += 1
+    assert broken
+
+
 def test_a_file_that_asks_for_another_program_is_no_image(tmp_path):
     (file := tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     with pytest.raises(UserError, match="x.jpg: not a readable image .of none of the kinds JPEG, "):
@@ -387,6 +479,7 @@ def server(tmp_path, monkeypatch):
             f"http://127.0.0.1:{web.server_port}/{file.relative_to(remote)}",
             hashlib.md5(file.read_bytes()).hexdigest(),
             f"flowers-102/{holds}",
+            "flowers-102",
         )
 
     files = (archive("102flowers.tgz", "jpg"), archive("imagelabels.mat", "imagelabels.mat"), archive("setid.mat", "setid.mat"))
@@ -411,3 +504,20 @@ def test_a_download_of_other_content_is_refused(server, tmp_path):
     assert not (tmp_path / "mine" / "flowers-102" / "setid.mat").exists()
     with pytest.raises(UserError, match="ImageNet is not to be downloaded; get it from https://image-net.org"):
         set_up(ImageNet, tmp_path, num_classes=2, download=True)
+
+
+def test_a_killed_unpacking_is_cleared_away_and_what_is_there_is_not_fetched(server, tmp_path, monkeypatch):
+    (left := tmp_path / "mine" / ".unpack-abc").mkdir(parents=True)
+    set_up(Flowers102, tmp_path / "mine", download=True)
+    assert not left.exists()
+    monkeypatch.setattr(archives_module, "download_url", None)
+    set_up(Flowers102, tmp_path / "mine" / "flowers-102", download=True)  # another layout that is read
+
+
+def test_of_two_processes_one_downloads(server, tmp_path, monkeypatch):
+    fetched, real = [], archives_module.download_url
+    monkeypatch.setattr(archives_module, "download_url", lambda url, *rest: (fetched.append(url), time.sleep(0.3), real(url, *rest)))
+    threads = [threading.Thread(target=set_up, args=(Flowers102, tmp_path / "mine"), kwargs=dict(download=True)) for _ in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(fetched) == 3

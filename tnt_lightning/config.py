@@ -137,7 +137,7 @@ def refuse_ablation_of_swept_models(ablation: str | None) -> None:
 
 def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
     """What must stay for a run to go on: the seed and the data, which set the order and the split, and whether there is an average."""
-    free = ("root", "num_workers", "augmentation", "on_error", "cache", "download")
+    free = ("root", "num_workers", "augmentation", "on_error", "cache", "cache_dir", "cache_gb", "download", "subset")
     plans = []
     for config in (before, now):
         data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
@@ -150,8 +150,8 @@ def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
             }
         )
     for key, value in plans[1].items():
-        if plans[0].get(key) != value:
-            raise UserError(f"{key}={value}: the run to continue had {plans[0].get(key)}; give the same, or start from its weights=")
+        if key in plans[0] and plans[0][key] != value:  # an older run may lack what came later
+            raise UserError(f"{key}={value}: the run to continue had {plans[0][key]}; give the same, or start from its weights=")
 
 
 def text(value: Any) -> str:
@@ -170,7 +170,7 @@ def classes_in(root: str | None) -> int:
     """How many classes a tree of images has."""
     if root is None:
         raise UserError("data.root is not set; give the folder that holds train/ and val/, or a folder for each class: data.root=/path")
-    return len(trees.classes(trees.parts(Path(root).expanduser())["train"]))
+    return len(trees.own_classes(Path(root).expanduser()))
 
 
 OmegaConf.register_new_resolver("sweep", sweep_values, replace=True)

@@ -33,6 +33,9 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weight
     sizes = ", ".join(f"{name} {len(part.labels):,}" for name, part in data.parts._asdict().items() if part is not None)
     print(f"run    {run}")
     print(f"images {sizes}")
+    if names := getattr(data.parts.train, "classes", None):
+        few = ", ".join(str(name).encode(errors="backslashreplace").decode() for name in names[:5])
+        print(f"classes {len(names):,}: {few}{', ...' if len(names) > 5 else ''}")
     print(
         f"batch  {data.batch_size} = {data.device_batch} a device x {trainer.world_size} device(s) x {trainer.accumulate_grad_batches} "
         f"accumulation step(s), {trainer.precision}, {trainer.max_epochs} epochs"

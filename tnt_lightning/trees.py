@@ -1,28 +1,41 @@
 """A tree of images, a folder a class: what is in it, without opening any. Hidden files and folders (.ipynb_checkpoints) do not count."""
 
 import os
+from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 from tnt_lightning.errors import UserError
 
 # What Pillow reads without a program beside it.
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".ppm", ".pgm")
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 
 def parts(root: Path) -> dict[str, Path]:
     """{train, val, test} of a tree, as far as they are there; {train: root} for one without: root/CLASS/IMAGE."""
     if not root.is_dir():
         raise UserError(f"data.root={root}: no such folder")
-    named = {name: root / name for name in ("train", "val", "test")}
-    for other in ("valid", "validation"):
-        if not named["val"].is_dir() and (root / other).is_dir():
-            named["val"] = root / other
     # A class may be called "train" too: its folder then holds images, not folders.
-    if not named["train"].is_dir() or not _folders(named["train"]):
-        if named["val"].is_dir() and _folders(named["val"]):
-            raise UserError(f"{root}: {named['val'].name}/ without train/; expected train/CLASS/IMAGE beside it")
+    named = {PARTS[name.lower()]: root / name for name in _folders(root) if name.lower() in PARTS}
+    deep = [name for name, folder in named.items() if _folders(folder)]
+    if not deep:
         return {"train": root}
-    return {name: folder for name, folder in named.items() if folder.is_dir()}
+    if "train" not in deep:
+        raise UserError(f"{root}: {named[max(deep)].name}/ without train/; expected train/CLASS/IMAGE beside it")
+    return {name: named[name] for name in ("train", "val", "test") if name in named}
+
+
+def own_classes(root: Path) -> list[str]:
+    """Of training; UserError for fewer than two, which is what a folder around the data looks like."""
+    folder = parts(root)["train"]
+    if len(found := classes(folder)) < 2:
+        raise UserError(f"{folder}: {found[0]}/ is the only class folder; name the folder that holds train/, or a folder for each class")
+    return found
 
 
 def classes(folder: Path) -> list[str]:
@@ -34,19 +47,41 @@ def classes(folder: Path) -> list[str]:
     return names
 
 
-def images(folder: Path) -> list[str]:
-    """Paths of the images in a folder and in the folders below it, in one order on every machine."""
+def images(folder: Path, others: Counter[str] | None = None) -> list[str]:
+    """Paths of the images in a folder and in the folders below it, in one order on every machine.
+
+    others: counts the files of other kinds, by suffix
+    """
     found: list[str] = []
-    for place, below, files in os.walk(folder, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
+    seen: set[tuple[int, int]] = set()  # a link to a folder above would lead round for ever
+    for place, below, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        state = os.stat(place)
+        if (state.st_dev, state.st_ino) in seen:
+            below.clear()
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        below[:] = sorted(name for name in below if not _is_hidden(name))
         found += [os.path.join(place, name) for name in sorted(files) if is_image(name)]
+        if others is not None:
+            others.update(os.path.splitext(name)[1].lower() for name in files if not is_image(name) and not _is_hidden(name))
     return found
 
 
 def is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "@eaDir"))  # the latter: thumbnails of Synology's
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise UserError(f"{error.filename}: {error.strerror}; the images in it would be missing")
 
 
 def _folders(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
+    except OSError as error:
+        _refuse(error)

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tnt_lightning.cli import command
 from tnt_lightning.config import check
+from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from tnt_lightning.data.splits import Labelled
@@ -21,7 +22,7 @@ def main(config: DictConfig) -> None:
     if wrong := verify(plain):
         print(f"{len(wrong):,} fault(s):")
         for line in wrong:
-            print(f"  {line}")
+            print(f"  {line.encode(errors='backslashreplace').decode()}")  # a file's name need not be text
         raise SystemExit(1)
     print("all of them can be read")
 
@@ -29,6 +30,7 @@ def main(config: DictConfig) -> None:
 def verify(config: dict[str, Any]) -> list[str]:
     """Prints the counts; gives a line for each image that cannot be read, and for each count that is not the official one."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from tnt_lightning import show
@@ -45,7 +47,7 @@ def verify(config: dict[str, Any]) -> list[str]:
     names = getattr(splits.train, "classes", None) or list(map(str, range(data.num_classes)))
     table = Table("label", "class", *parts)
     for label in sorted(set().union(*counts.values())):
-        table.add_row(str(label), names[label] if label < len(names) else "?", *(f"{count[label]:,}" for count in counts.values()))
+        table.add_row(str(label), escape(names[label]) if label < len(names) else "?", *(f"{count[label]:,}" for count in counts.values()))
     table.add_section()
     table.add_row("", f"{len(names):,} classes", *(f"{count.total():,}" for count in counts.values()))
     table.add_row("", "broken", *(f"{len(found):,}" for found in broken.values()))
@@ -72,8 +74,8 @@ class _Reading:
 
         try:
             decoded(self.part[index][0])
-        except BrokenImage as error:
-            return f"{error.file}: {error.why}"
+        except UserError as error:
+            return f"{error.file}: {error.why}" if isinstance(error, BrokenImage) else str(error)
         return None
 
 

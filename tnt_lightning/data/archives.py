@@ -1,6 +1,8 @@
 """Downloads: what a data set's authors publish, checked by md5, unpacked beside its final place and moved there whole."""
 
+import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +16,8 @@ from tnt_lightning.errors import UserError
 class Archive(NamedTuple):
     url: str
     md5: str
-    holds: str  # a file or folder that is there once it is unpacked; where there is one already, nothing is fetched
+    holds: str  # a file or folder of root that is there once it is unpacked; where there is one already, nothing is fetched
+    into: str = ""  # the folder of root that it is unpacked into
 
 
 def fetch(root: Path, archives: tuple[Archive, ...]) -> None:
@@ -22,6 +25,8 @@ def fetch(root: Path, archives: tuple[Archive, ...]) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with FileLock(root / ".download.lock"):
+            for left in root.glob(".unpack-*"):  # by a process that was killed
+                shutil.rmtree(left)
             for archive in archives:
                 if not (root / archive.holds).exists():
                     _fetch(root, archive)
@@ -30,7 +35,7 @@ def fetch(root: Path, archives: tuple[Archive, ...]) -> None:
 
 
 def _fetch(root: Path, archive: Archive) -> None:
-    name, place = archive.url.rpartition("/")[2], (root / archive.holds).parent
+    name, place = archive.url.rpartition("/")[2], root / archive.into
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix=".unpack-") as folder:
         packed = name != Path(archive.holds).name
@@ -42,7 +47,7 @@ def _fetch(root: Path, archive: Archive) -> None:
             print(f"unpack {root / name}")
             extract_archive(str(root / name), folder)
         for entry in Path(folder).iterdir():
-            if not (place / entry.name).exists():
+            with contextlib.suppress(OSError):  # a folder that is there already, with something in it, is the user's
                 os.replace(entry, place / entry.name)
     if not (root / archive.holds).exists():
         raise RuntimeError(f"{archive.url}: {archive.holds} is not in it")

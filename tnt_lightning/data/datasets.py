@@ -5,6 +5,7 @@ import json
 import re
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,17 +49,19 @@ class CIFAR10(ImageDataModule):
 
     @property
     def archives(self) -> tuple[Archive, ...]:
-        return (Archive(self.layout.url, self.layout.tgz_md5, self.layout.base_folder),)
+        return (Archive(self.layout.url, self.layout.tgz_md5, f"{self.layout.base_folder}/{self.layout.meta['filename']}"),)
 
     def splits(self) -> Splits:
         place = self.place(self.layout.base_folder, self.layout.meta["filename"])
-        names = read_pickle(place / self.layout.meta["filename"])[self.layout.meta["key"]]
+        names = read_pickle(place / self.layout.meta["filename"]).get(self.layout.meta["key"], [])
 
         def part(files: list[list[str]]) -> Arrays:
             batches = [read_pickle(place / name) for name, _ in files]
             try:
                 images = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
                 labels = [label for batch in batches for label in batch[self.label_key]]
+                if len(labels) != len(images):
+                    raise ValueError(f"{len(labels)} labels for {len(images)} images")
             except (KeyError, ValueError) as error:
                 raise UserError(f"{place}: {files[0][0]} is not of this data set ({error})") from None
             return Arrays(np.ascontiguousarray(images, dtype=np.uint8), labels, classes=names)
@@ -83,9 +86,9 @@ class Flowers102(ImageDataModule):
     official = {"train": 1_020, "val": 1_020, "test": 6_149}
     page = "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/"
     archives = (
-        Archive(f"{page}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102/jpg"),
-        Archive(f"{page}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102/imagelabels.mat"),
-        Archive(f"{page}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102/setid.mat"),
+        Archive(f"{page}102flowers.tgz", "52808999861908f626f3c1f4e79d11fa", "flowers-102/jpg", "flowers-102"),
+        Archive(f"{page}imagelabels.mat", "e0620be6f572b9609742df49c70aed4d", "flowers-102/imagelabels.mat", "flowers-102"),
+        Archive(f"{page}setid.mat", "a5357ecc9cb78c4bef273ce3793fc85c", "flowers-102/setid.mat", "flowers-102"),
     )
 
     def __init__(self, *, val_fraction: float | None = 0, **kwargs):
@@ -99,11 +102,10 @@ class Flowers102(ImageDataModule):
         def part(key: str) -> Files:
             try:
                 images = [int(i) for i in ids[key].ravel()]
-                return Files(
-                    [place / "jpg" / f"image_{i:05d}.jpg" for i in images], [int(labels[i - 1]) - 1 for i in images], classes=names
-                )
+                paths, own = [place / "jpg" / f"image_{i:05d}.jpg" for i in images], [int(labels[i - 1]) - 1 for i in images]
             except (KeyError, IndexError):
                 raise UserError(f"{place}: setid.mat and imagelabels.mat do not go together ({key}); fetch them again") from None
+            return Files.listed(paths, own, classes=names, subset=self.subset)
 
         return Splits(part("trnid"), part("valid"), part("tstid"))
 
@@ -118,17 +120,27 @@ class OxfordPets(ImageDataModule):
     official = {"train": 3_680, "test": 3_669}
     page = "https://www.robots.ox.ac.uk/~vgg/data/pets/"
     archives = (
-        Archive(f"{page}data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "oxford-iiit-pet/images"),
-        Archive(f"{page}data/annotations.tar.gz", "95a8c909bbe2e81eed6a22bccdf3f68f", "oxford-iiit-pet/annotations"),
+        Archive(f"{page}data/images.tar.gz", "5c4f3ee8e5d25df40f4fd59a7f44e54c", "oxford-iiit-pet/images", "oxford-iiit-pet"),
+        Archive(
+            f"{page}data/annotations.tar.gz",
+            "95a8c909bbe2e81eed6a22bccdf3f68f",
+            "oxford-iiit-pet/annotations/trainval.txt",
+            "oxford-iiit-pet",
+        ),
     )
 
     def splits(self) -> Splits:
         place = self.place("oxford-iiit-pet", "annotations/trainval.txt")
         rows = {name: _rows(place / "annotations" / f"{name}.txt", "NAME CLASS SPECIES BREED", columns=4) for name in ("trainval", "test")}
+        for name, part in rows.items():
+            if odd := next((row for row in part if not row[1].isdecimal()), None):
+                raise UserError(f"{place / 'annotations' / name}.txt: {odd[1]!r} of {odd[0]} is no class number")
         named = {int(row[1]) - 1: row[0].rpartition("_")[0] for part in rows.values() for row in part}
         names = [named.get(label, str(label)) for label in range(max(named) + 1)]
         train, test = (
-            Files([place / "images" / f"{row[0]}.jpg" for row in part], [int(row[1]) - 1 for row in part], classes=names)
+            Files.listed(
+                [place / "images" / f"{row[0]}.jpg" for row in part], [int(row[1]) - 1 for row in part], classes=names, subset=self.subset
+            )
             for part in rows.values()
         )
         return Splits(train, None, test)
@@ -184,11 +196,12 @@ class INaturalist(ImageDataModule):
             raise UserError(f"{file}: not the competition's JSON of images, annotations and categories ({error!r})") from None
         if not images:
             raise UserError(f"{file}: no images in it")
-        where = self._where(Path(images[0][0]))
+        where = self._where([Path(name) for name, _ in images[:1000]])
         names = [named.get(i, str(i)) for i in range(max(named, default=-1) + 1)]
-        return Files([where(Path(name)) for name, _ in images], [label for _, label in images], classes=names)
+        paths = [where(Path(name)) for name, _ in images]
+        return Files.listed(paths, [label for _, label in images], classes=names, subset=self.subset)
 
-    def _where(self, sample: Path) -> Callable[[Path], Path]:
+    def _where(self, samples: list[Path]) -> Callable[[Path], Path]:
         """From a JSON's file name (train_val2018/Aves/12/HASH.jpg) to where the images lie here."""
         root = self.home()
         layouts: tuple[Callable[[Path], Path], ...] = (
@@ -196,13 +209,12 @@ class INaturalist(ImageDataModule):
             lambda name: root / Path(*name.parts[1:]),
             lambda name: root / str(self.year) / Path(*name.parts[1:]),  # as torchvision unpacks them
             lambda name: root / name.parts[0] / name.name,
-            lambda name: root / "images" / name.name,
             lambda name: root / name.name,
         )
         for layout in layouts:
-            if layout(sample).exists():
+            if any(layout(sample).exists() for sample in samples):
                 return layout
-        raise UserError(f"{root / sample}: no such file, nor {sample.name} in {root}; get the images from {self.page}")
+        raise UserError(f"{root / samples[0]}: no such file, nor {samples[0].name} in {root}; get the images from {self.page}")
 
 
 class ImageFolder(ImageDataModule):
@@ -216,13 +228,19 @@ class ImageFolder(ImageDataModule):
 
     def __init__(self, *, root: str | None = None, num_classes: int | None = None, **kwargs):
         if num_classes is None and root is not None:
-            num_classes = len(trees.classes(trees.parts(Path(root).expanduser())["train"]))
+            num_classes = len(trees.own_classes(Path(root).expanduser()))
         super().__init__(root=root, num_classes=num_classes, **kwargs)
 
     def splits(self) -> Splits:
         found = trees.parts(self.home())
-        train = folder(found["train"], as_seen=True)
-        val, test = (folder(found[name], train.classes, as_seen=True) if name in found else None for name in ("val", "test"))
+        others: Counter[str] = Counter()
+        train = folder(found["train"], as_seen=True, others=others)
+        if "test" in found and not any(entry.is_dir() for entry in found["test"].iterdir()):
+            self.notes.append(f"{found.pop('test')} has no class folders: its images are without labels, and nothing is measured on them")
+        val, test = (folder(found[name], train.classes, as_seen=True, others=others) if name in found else None for name in ("val", "test"))
+        if others:
+            kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in others.most_common(5))
+            self.notes.append(f"files that are taken for no images: {kinds}")
         return Splits(train, val, test)
 
 
@@ -260,13 +278,11 @@ class ImageNet(ImageDataModule):
 
     def _val(self, root: Path, classes: list[str]) -> Files | Tar:
         place = root / "val"
-        if place.is_dir():
+        if place.is_dir() and not any(entry.is_dir() and not entry.name.startswith(".") for entry in place.iterdir()):
             flat = [name for name in trees.images(place) if Path(name).parent == place]
-            if not flat:
-                return folder(place, classes)
             label = self._labels(root, [Path(name).name for name in flat], classes)
             return Files(flat, label, classes=classes, opener=open_image)
-        if not (root / "ILSVRC2012_img_val.tar").is_file():
+        if place.is_dir() or not (root / "ILSVRC2012_img_val.tar").is_file():
             return folder(place, classes)
         tar = Tar(root / "ILSVRC2012_img_val.tar")
         tar.classes, tar.labels = classes, self._labels(root, [Path(tar.name(i)).name for i in range(len(tar.names))], classes)
@@ -274,7 +290,7 @@ class ImageNet(ImageDataModule):
 
     def _labels(self, root: Path, images: list[str], classes: list[str]) -> list[int]:
         """Of images in the order of their names."""
-        places = [root, root / "val", *root.parents[:3]]  # Kaggle's lies above ILSVRC/Data/CLS-LOC
+        places = [root, root / "val", *root.resolve().parents[:3]]  # Kaggle's lies above ILSVRC/Data/CLS-LOC
         found = [Path(self.val_labels).expanduser()] if self.val_labels else [p / name for p in places for name in self.LABELS]
         file = next((path for path in found if path.exists()), None)
         if file is None:

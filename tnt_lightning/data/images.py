@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from tnt_lightning.errors import UserError
@@ -14,7 +14,15 @@ from tnt_lightning.errors import UserError
 Image.init()
 # Not all that Pillow knows: for some (EPS) it starts other programs, whatever the file's name ends in.
 FORMATS: tuple[str, ...] = tuple(name for name in ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "AVIF", "PPM") if name in Image.OPEN)
-_FAULTS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # what Pillow raises for bytes that are no image
+TURNS = {  # EXIF's orientation -> what shows the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BrokenImage(UserError):
@@ -25,7 +33,7 @@ class BrokenImage(UserError):
     @classmethod
     def of(cls, file: str, why: object) -> "BrokenImage":
         reason = " ".join(str(why).split()).removesuffix(".")
-        error = cls(f"{file}: not a readable image ({reason}); remove or replace it, or train without it: data.on_error=skip")
+        error = cls(f"{file}: not a readable image ({reason}); remove or replace it (data.on_error=skip leaves such out of training)")
         error.file, error.why = file, reason
         return error
 
@@ -39,7 +47,9 @@ def open_image(source: str | bytes, name: str | None = None) -> Image.Image:
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         image: Any = Image.open(file, formats=FORMATS)
-    except _FAULTS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged bytes lead Pillow's plugins to: OSError, SyntaxError, RuntimeError, struct.error, ...
         why: object = getattr(error, "strerror", None) or error
         if isinstance(error, Image.UnidentifiedImageError):
             why = "empty" if _is_empty(source) else f"of none of the kinds {', '.join(FORMATS)}"
@@ -52,21 +62,23 @@ def decoded(image: Image.Image) -> Image.Image:
     """The image, all of it decoded; BrokenImage where that cannot be done."""
     try:
         image.load()
-    except _FAULTS as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         raise BrokenImage.of(getattr(image, "called", None) or str(getattr(image, "source", "an image")), error) from None
     return image
 
 
 def open_as_seen(source: str | bytes, name: str | None = None) -> Image.Image:
     """The image as a person sees it: turned as the camera says (EXIF), 16 bits scaled to 8, transparency on white; L or RGB."""
-    image, turned = open_image(source, name), False
-    with contextlib.suppress(*_FAULTS, TypeError, KeyError, ZeroDivisionError):  # EXIF that cannot be read turns nothing
-        turned = image.getexif().get(0x0112, 1) != 1
-    if _is_plain_jpeg(image) and image.mode in ("L", "RGB") and not turned:
+    image, turn = open_image(source, name), None
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+        turn = TURNS.get(image.getexif().get(0x0112, 1))
+    if _is_plain_jpeg(image) and image.mode in ("L", "RGB") and turn is None:
         return image
     image = decoded(image)
-    if turned:
-        image = ImageOps.exif_transpose(image)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I") or image.mode == "F":
         return _to_eight_bits(image)
     if image.has_transparency_data:

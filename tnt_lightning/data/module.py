@@ -180,6 +180,7 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_transform = BatchTransform(num_classes=num_classes, mean=self.mean, std=self.std, **per_batch)
         self.on_error, self.cache, self.download, self.subset = on_error, cache, download, subset
         self.skipped: Path | None = None
+        self._held: dict[int, Held] = {}
         self.notes: list[str] = []
         self.parts: Splits | None = None
 
@@ -217,8 +218,18 @@ class ImageDataModule(L.LightningDataModule):
         if self.download and not self.archives:
             where = f"; get it from {self.page}" if self.page else ""
             raise UserError(f"data.download=true: {type(self).__name__} is not to be downloaded{where}")
-        if self.download:
+        if self.download and not self._is_there():
             fetch(self.home(), self.archives)
+
+    def _is_there(self) -> bool:
+        """In whatever layout can be read."""
+        try:
+            for part in self.splits():
+                if part is not None:
+                    decoded(part[0][0])
+        except UserError:
+            return False
+        return True
 
     def discrepancies(self, splits: Splits) -> list[str]:
         """What is not as the data set's authors say."""
@@ -254,9 +265,8 @@ class ImageDataModule(L.LightningDataModule):
             if self.repeats == 1:
                 few = f"repeated augmentation is off, as for every set of fewer than {self.REPEATED:,} training images"
                 self.notes.append(f"{few}; recipe.augmentation.repeats=3 turns it on")
-        if self.cache:
-            train = Held(train, self.mode)
-            val, test = (None if part is None else Held(part, self.mode) for part in (val, test))
+        if max(max(part.labels) for part in (train, val, test) if part is not None) >= self.num_classes:
+            raise UserError(f"data.root={self.root}: a label is beyond data.num_classes={self.num_classes}")
         self.parts = Splits(train, val, test)
 
     @property
@@ -307,7 +317,7 @@ class ImageDataModule(L.LightningDataModule):
             size, total=total, repeats=self.repeats, rank=self.rank, world=self.world, seed=self.seed, start=first_batch * self.device_batch
         )
         skipped = None if self.on_error == "stop" else str(self.skipped or "")
-        return self._loader(Transformed(self.parts.train, self.train_transform, self.mode, skipped), order)
+        return self._loader(Transformed(self._images(self.parts.train), self.train_transform, self.mode, skipped), order)
 
     def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
         return TrainOrder(size, **arguments)
@@ -325,10 +335,23 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError(f"{len(split.labels)} images to evaluate on {self.world} devices: each needs one; lower trainer.devices")
         # Lightning's own sampler pads to equal lengths and would count 101 images as 102 on two ranks.
         mine = self._eval_order(split)[self.rank :: self.world]
-        return self._loader(Transformed(split, self.eval_transform, self.mode), mine)
+        return self._loader(Transformed(self._images(split), self.eval_transform, self.mode), mine)
 
     def _eval_order(self, split: Labelled) -> Sequence[int]:
         return range(len(split.labels))
+
+    def _images(self, split: Labelled) -> Labelled:
+        """The split, with data.cache held in memory."""
+        if not self.cache:
+            return split
+        if id(split) not in self._held:
+            self._held[id(split)] = Held(split, self.mode, processes=self._beside)
+        return self._held[id(split)]
+
+    @property
+    def _beside(self) -> int:
+        """Processes on this machine that will take as much as this one: the first answers for all, before they start."""
+        return self.world // self.trainer.num_nodes if self.trainer and self.rank == 0 else 1
 
     def _loader(self, images: Transformed, order: Sampler | Sequence[int]) -> DataLoader:
         self._check_shared_memory()
@@ -344,7 +367,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _check_shared_memory(self) -> None:
         """Workers hand their batches over in /dev/shm, which containers often keep at 64 MiB: full, it kills them by a bus error."""
-        ahead = 2 * self.num_workers * self.device_batch * math.prod(self.input_size)
+        ahead = 2 * self.num_workers * self.device_batch * math.prod(self.input_size) * self._beside
         if not ahead or not SHARED_MEMORY.is_dir() or (free := shutil.disk_usage(SHARED_MEMORY).free) >= ahead:
             return
         raise UserError(

@@ -4,6 +4,7 @@ import hashlib
 import os
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,6 +59,18 @@ class Files:
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=bytes)
         self.labels, self.classes, self._open = list(labels), list(classes), opener
 
+    @classmethod
+    def listed(cls, paths: Sequence[Path], labels: Sequence[int], *, classes: Sequence[str], subset: bool) -> "Files":
+        """Those that a list names; UserError where some are not there, unless a subset is fine."""
+        there: dict[Path, set[str]] = {}
+        for folder in {path.parent for path in paths}:
+            there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        found = [i for i, path in enumerate(paths) if path.name in there[path.parent]]
+        if len(found) < len(paths) and not (subset and found):
+            first = next(path for path in paths if path.name not in there[path.parent])
+            raise UserError(f"{first}: no such file ({len(paths) - len(found):,} of {len(paths):,} listed images are missing)")
+        return cls([paths[i] for i in found], [labels[i] for i in found], classes=classes)
+
     def path(self, index: int) -> str:
         return os.fsdecode(bytes(self._paths[index]))
 
@@ -65,8 +78,8 @@ class Files:
         return self._open(self.path(index)), self.labels[index]
 
 
-def folder(place: Path, classes: Sequence[str] | None = None, *, as_seen: bool = False) -> Files:
-    """The images of place/CLASS/; classes: those that must be there, no more and no fewer."""
+def folder(place: Path, classes: Sequence[str] | None = None, *, as_seen: bool = False, others: Counter[str] | None = None) -> Files:
+    """The images of place/CLASS/; classes: those that must be there, no more and no fewer; others: see trees.images."""
     found = trees.classes(place)
     if classes is not None and (odd := sorted(set(found) ^ set(classes))):
         where = place.name if odd[0] in found else "training"
@@ -74,7 +87,7 @@ def folder(place: Path, classes: Sequence[str] | None = None, *, as_seen: bool =
         raise UserError(f"{place}: class {odd[0]!r} is in {where} alone{more}; all parts need the same class folders")
     paths, labels = [], []
     for label, name in enumerate(found):
-        images = trees.images(place / name)
+        images = trees.images(place / name, others)
         if not images:
             raise UserError(f"{place / name}: no images in this class folder; known kinds: {' '.join(trees.SUFFIXES)}")
         paths += images
@@ -177,24 +190,33 @@ class Joined:
     """One split after another."""
 
     def __init__(self, *splits: Labelled):
-        self.places = [(split, i) for split in splits for i in range(len(split.labels))]
+        self.splits, self._ends = splits, np.cumsum([len(split.labels) for split in splits])
         self.labels = [label for split in splits for label in split.labels]
         self.classes = getattr(splits[0], "classes", None)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        split, i = self.places[index]
+        split, i = self.place(index)
         return split[i]
+
+    def place(self, index: int) -> tuple[Labelled, int]:
+        """The split that an image comes from, and its index there."""
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        return self.splits[which], index - (int(self._ends[which - 1]) if which else 0)
 
 
 def carve(split: Labelled, fraction: float, seed: int) -> tuple[Part, Part]:
     """(the rest, the carved part): of each class the same fraction, drawn with seed, at least one image on either side."""
     rng = np.random.default_rng(seed)
     labels = np.asarray(split.labels)
+    counts = np.bincount(labels)
     kept, carved = [], []
-    for label in np.unique(labels):
-        members = rng.permutation(np.flatnonzero(labels == label))
+    for label, members in enumerate(np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])):
+        if not len(members):
+            continue
+        members = rng.permutation(members)
         if len(members) < 2:
-            raise UserError(f"data.val_fraction={fraction}: class {label} has a single training image, none to spare for validation")
+            name = (getattr(split, "classes", None) or {label: label})[label]
+            raise UserError(f"class {name!r} has a single training image, none to spare for validation; add some, or data.val_fraction=0")
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         carved += members[:count].tolist()
         kept += members[count:].tolist()
@@ -206,7 +228,8 @@ class Held:
 
     BLOCK = 2**26
 
-    def __init__(self, split: Labelled, mode: str):
+    def __init__(self, split: Labelled, mode: str, *, processes: int = 1):
+        """processes: on this machine, each of which will hold as much"""
         self.labels, self.classes, self.mode = split.labels, getattr(split, "classes", None), mode
         self._blocks: list[np.ndarray] = []
         self._places = np.zeros((len(self.labels), 4), np.int64)  # block, start, width, height
@@ -218,7 +241,7 @@ class Held:
             except BrokenImage as error:
                 return error
 
-        free, filled, held = _free_memory(), 0, 0
+        free, filled, held = _free_memory() // processes, 0, 0
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the interpreter's lock
             images = pool.map(converted, range(len(self.labels)))
             for index, image in enumerate(track(images, "hold in memory", len(self.labels), transient=True)):
@@ -232,7 +255,8 @@ class Held:
                     if held > free:
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise UserError(
-                            f"data.cache=true: {index:,} of {len(self.labels):,} images fill the {free / 2**30:.1f} GiB of free memory; "
+                            f"data.cache=true: {index:,} of {len(self.labels):,} images fill the "
+                            f"{free / 2**30:.1f} GiB of free memory for each process; "
                             "set data.cache=false"
                         )
                 self._blocks[-1][filled : filled + len(pixels)] = pixels
@@ -241,7 +265,7 @@ class Held:
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         if index in self._broken:
-            raise self._broken[index]
+            raise BrokenImage.of(self._broken[index].file, self._broken[index].why)
         block, start, width, height = self._places[index].tolist()
         pixels = self._blocks[block][start : start + width * height * len(self.mode)]
         return Image.frombuffer(self.mode, (width, height), pixels, "raw", self.mode, 0, 1), self.labels[index]
@@ -255,7 +279,9 @@ def _free_memory() -> int:
         free = int(meminfo["MemAvailable"].split()[0]) * 1024
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         if limit != "max":
-            free = min(free, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
+            held = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(held["inactive_file"])  # of files: given up on demand
+            free = min(free, int(limit) - used)
     except (OSError, KeyError, ValueError):
         pass
     return free
