@@ -166,7 +166,7 @@ def test_shards_hold_the_original_files_and_litdata_reads_them(tree, whole):
     for name, split in (("train", folder.parts.train), ("val", folder.parts.val)):
         ours = Shards(place, manifest.split(name), manifest)
         assert ours.labels == list(split.labels) and ours.classes == list(split.classes)
-        files = [Path(preparing.original(split, i)[0]) for i in range(len(ours.labels))]
+        files = [Path(preparing.original(split, i)[1]) for i in range(len(ours.labels))]
         for index, file in enumerate(files):
             assert ours.read(index) == ((tree / name / file).read_bytes(), str(file))
             assert ours[index][0].tobytes() == split[index][0].tobytes()
@@ -196,6 +196,25 @@ def test_any_data_set_of_files_gives_its_own_pixels(tmp_path, name, lay):
         if a is not None:
             assert a.labels == list(b.labels) and a.classes == list(b.classes)
             assert all(a[i][0].size == b[i][0].size and a[i][0].tobytes() == b[i][0].tobytes() for i in range(len(a.labels)))
+
+
+def test_names_that_are_not_utf8_are_written_out(tmp_path):
+    root = make_tree(tmp_path / "images", 3, 2)
+    for part in ("train", "val"):
+        (root / part / "n02").rename(root / part / os.fsdecode(b"caf\xe9"))
+        (root / part / "n03").rename(root / part / "n\u00e9")
+    prepared(root, tmp_path / "out")
+    data = stream(tmp_path / "out")
+    assert data.parts.train.classes == [os.fsdecode(b"caf\xe9"), "n01", "n\u00e9"]
+    assert {data.parts.train.read(i)[1].split("/")[0] for i in range(9)} == {r"caf\xe9", "n01", "n\u00e9"}
+    assert len(epoch(data)) == 1 and len(list(litdata.StreamingDataset(str(tmp_path / "out" / "val")))) == 6
+
+
+def test_names_that_are_files_of_the_current_folder_stay_names(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tree / "train")
+    prepared(tree, tmp_path / "out")
+    name = stream(tmp_path / "out").parts.train.read(0)[1]
+    assert Path(name).is_file()
 
 
 def test_images_without_files_are_kept_to_the_pixel(tmp_path):

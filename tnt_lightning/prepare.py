@@ -130,9 +130,9 @@ def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()
         for index in range(count):
-            source.update(f"{original(split, index)[0]}\0{split.labels[index]}\n".encode())
+            source.update(f"{called(*leaf(split, index))}\0{split.labels[index]}\n".encode())
         sample = range(0, count, math.ceil(count / MEASURED))
-        mean = sum(original(split, index)[1]() for index in sample) / len(sample)
+        mean = sum(size(*leaf(split, index)) for index in sample) / len(sample)
         images = max(1, min(count, int(chunk_mb * 1e6 / max(1, mean))))
         made["splits"][name] = {"images": count, "shards": math.ceil(count / images), "source": source.hexdigest()}
     return made
@@ -147,26 +147,46 @@ def deal(made: dict[str, Any]) -> list[Shard]:
     return shards
 
 
-def original(split: "Labelled", index: int) -> tuple[str, Callable[[], int], Callable[[], bytes]]:
-    """Of an image: its name, how to get the size of its file, and how to get the file's bytes; of one in memory they are a PNG's."""
-    from tnt_lightning.data.splits import Files, Joined, Part, Tar
+def leaf(split: "Labelled", index: int) -> tuple["Labelled", int]:
+    """The split that holds the image itself, and the image's place in it."""
+    from tnt_lightning.data.splits import Joined, Part
 
     while isinstance(split, (Part, Joined)):
         split, index = (split.whole, split.indices[index]) if isinstance(split, Part) else split.places[index]
+    return split, index
+
+
+def called(split: "Labelled", index: int) -> str:
+    """Of an image of a leaf: its name, of UTF-8 alone."""
+    from tnt_lightning.data.splits import Files, Tar
+
     if isinstance(split, Files):
-        path = Path(split.path(index))
-        return "/".join(path.parts[-2:]), lambda: path.stat().st_size, path.read_bytes
+        name = "/".join(split.path(index).rsplit("/", 2)[-2:])
+        return name if name.isascii() else os.fsencode(name).decode(errors="backslashreplace")
+    return split.name(index) if isinstance(split, Tar) else f"{index}.png"
+
+
+def size(split: "Labelled", index: int) -> int:
+    """Of an image of a leaf: about how many bytes it takes up."""
+    from tnt_lightning.data.splits import Files, Tar
+
+    if isinstance(split, Files):
+        return os.stat(split.path(index)).st_size
+    return split.size(index) if isinstance(split, Tar) else len(original(split, index)[0])
+
+
+def original(split: "Labelled", index: int) -> tuple[bytes, str]:
+    """The bytes of an image's file, and its name; of one in memory they are a PNG's."""
+    from tnt_lightning.data.splits import Files, Tar
+
+    split, index = leaf(split, index)
+    if isinstance(split, Files):
+        return Path(split.path(index)).read_bytes(), called(split, index)
     if isinstance(split, Tar):
-        tar = split
-        return tar.name(index), lambda: tar.size(index), lambda: tar.read(index)
-    image = split[index][0]
-
-    def png() -> bytes:
-        content = io.BytesIO()
-        image.save(content, "png")
-        return content.getvalue()
-
-    return f"{index}.png", lambda: len(png()), png
+        return split.read(index), called(split, index)
+    content = io.BytesIO()
+    split[index][0].save(content, "png")
+    return content.getvalue(), called(split, index)
 
 
 def claim(out: Path, made: dict[str, Any]) -> None:
@@ -212,8 +232,8 @@ def write(shard: Shard, split: "Labelled", out: Path, known: "Chunk | None") -> 
     with tempfile.TemporaryDirectory(prefix="writing-", dir=out / RECORDS) as folder:
         writer = _writer(folder, len(shard.indices))
         for slot, index in enumerate(shard.indices.tolist()):
-            name, _, read = original(split, index)
-            content, label = read(), int(split.labels[index])
+            content, name = original(split, index)
+            label = int(split.labels[index])
             writer.add_item(slot, (content, label, index, name))
             images[slot] = index, label, zlib.crc32(content)
         (file,) = map(Path, writer.done())
@@ -229,10 +249,16 @@ def _writer(folder: str, count: int) -> Any:
     from tnt_lightning.data.shards import LITDATA
 
     try:
+        from litdata.streaming.serializers import StringSerializer
         from litdata.streaming.writer import BinaryWriter
     except ImportError:
         raise UserError(f"prepare {LITDATA}") from None
-    return BinaryWriter(folder, chunk_size=count)
+
+    class Text(StringSerializer):
+        def can_serialize(self, data: Any) -> bool:
+            return isinstance(data, str)  # litdata's own leaves the name of a file of the current folder to pickle
+
+    return BinaryWriter(folder, chunk_size=count, serializers={"str": Text()})
 
 
 def _litdata_index(manifest: "Manifest", split: str) -> dict[str, Any]:
