@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import litdata
 import numpy as np
 import pytest
@@ -264,6 +265,36 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, spoil, message):
     with pytest.raises(UserError, match=message):
         prepared(root, out, *(overrides if isinstance(overrides, list) else []))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_answered_in_one_line(tree, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (Path("/proc/nothing/out"), tmp_path / "file" / "out", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=f"out={out}: .* cannot be made or read .*; choose another out") as caught:
+            prepared(tree, out)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_two_that_begin_at_once_the_second_writes_no_plan(tmp_path, monkeypatch):
+    root, out = make_tree(tmp_path / "images", 3, 2), tmp_path / "out"
+    monkeypatch.setattr(preparing, "in_threads", lambda *args, **kwargs: stop.append(kwargs) or 1 / 0)
+    stop: list = []
+
+    class Lock(filelock.FileLock):
+        """Another prepare, with another plan, gets in before this one has the lock."""
+
+        def acquire(self, *args, **kwargs):
+            if not stop and not others:
+                others.append(1)
+                with pytest.raises(ZeroDivisionError):
+                    prepared(root, out, "seed=1")
+            return super().acquire(*args, **kwargs)
+
+    others: list = []
+    monkeypatch.setattr(filelock, "FileLock", Lock)
+    with pytest.raises(UserError, match="begun with seed=1, now seed=0"):
+        prepared(root, out)
+    assert json.loads((out / preparing.RECORDS / "plan.json").read_text())["seed"] == 1 and len(stop) == 1
 
 
 # ---- damage

@@ -4,6 +4,7 @@ Training images are shuffled once, so that no shard is of one class; val and tes
 is written, which comes last: started again after it was cut off, prepare goes on with those that are not.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -70,10 +71,17 @@ def prepare(config: dict[str, Any], out: Path, *, chunk_mb: float = 64) -> "Mani
     assert data.parts is not None
     splits = {name: split for name, split in data.parts._asdict().items() if split is not None}
     made = plan(data, splits, chunk_mb)
-    claim(out, made)
     records = out / RECORDS
     try:
+        begun(out, made)  # first, as nothing is made in a folder of something else
+        records.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out={out}: {error.filename or out} cannot be made or read ({error.strerror or error}); choose another out"
+        ) from None
+    try:
         with FileLock(records / "lock", timeout=0):
+            claim(out, made)
             for left in records.glob("writing-*"):
                 shutil.rmtree(left)
             known, shards = written(out), deal(made)
@@ -91,11 +99,13 @@ def prepare(config: dict[str, Any], out: Path, *, chunk_mb: float = 64) -> "Mani
                 _replace(out / name / "index.json", json.dumps(_litdata_index(manifest, name), sort_keys=True))
             read_again(out, manifest, threads=data.num_workers)
             _replace(out / MANIFEST, manifest.dumps())
+            shutil.rmtree(records, ignore_errors=True)
     except Timeout:
         raise UserError(f"out={out}: another prepare is at work on it") from None
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}; the same command goes on from here") from None
-    shutil.rmtree(records)
+    with contextlib.suppress(OSError):  # over NFS it holds the lock until now
+        records.rmdir()
     return manifest
 
 
@@ -103,10 +113,13 @@ def verify(out: Path, *, threads: int) -> "Manifest":
     """Read all shards; UserError for the first that is not what was written."""
     from tnt_lightning.data.shards import MANIFEST, Manifest
 
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"{out / MANIFEST}: no such file; what python -m tnt_lightning.prepare has finished holds one")
-    manifest = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST))
-    read_again(out, manifest, threads=threads)
+    try:
+        if not (out / MANIFEST).is_file():
+            raise UserError(f"{out / MANIFEST}: no such file; what python -m tnt_lightning.prepare has finished holds one")
+        manifest = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST))
+        read_again(out, manifest, threads=threads)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot be read ({error.strerror or error})") from None
     return manifest
 
 
@@ -189,25 +202,31 @@ def original(split: "Labelled", index: int) -> tuple[bytes, str]:
     return content.getvalue(), called(split, index)
 
 
-def claim(out: Path, made: dict[str, Any]) -> None:
-    """The folder is ours: empty, or begun by the same plan."""
+def begun(out: Path, made: dict[str, Any]) -> bool:
+    """Whether the folder was begun by the same plan; UserError unless it was, or is empty, or not there yet."""
     from tnt_lightning.data.shards import MANIFEST, Manifest
 
-    begun: dict[str, Any] | None = None
+    first: dict[str, Any] | None = None
     if (out / MANIFEST).exists():
-        begun = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).made
+        first = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).made
     elif (out / RECORDS / "plan.json").exists():
-        begun = json.loads((out / RECORDS / "plan.json").read_text())
+        first = json.loads((out / RECORDS / "plan.json").read_text())
     elif out.exists() and (not out.is_dir() or any(entry.name != RECORDS for entry in out.iterdir())):
         raise UserError(f"out={out}: holds something else; choose a folder that is empty or not there yet")
-    if begun is not None and begun != made:
-        keys = [key for key in made if begun.get(key) != made[key]]
-        what = "other images" if keys[0] == "splits" else f"{keys[0]}={begun.get(keys[0])}, now {keys[0]}={made[keys[0]]}"
+    if first is not None and first != made:
+        key = next((key for key in made if first.get(key) != made[key]), "splits")
+        what = "other images" if key == "splits" else f"{key}={first.get(key)}, now {key}={made[key]}"
         raise UserError(f"out={out}: begun with {what}; choose another folder, or give the same again")
-    (out / RECORDS).mkdir(parents=True, exist_ok=True)
+    return first is not None
+
+
+def claim(out: Path, made: dict[str, Any]) -> None:
+    """The folder is ours; under the lock, as another prepare may have begun it since."""
+    again = begun(out, made)
+    (out / RECORDS).mkdir(exist_ok=True)
     for split in made["splits"]:
         (out / split).mkdir(exist_ok=True)
-    if begun is None:
+    if not again:
         _replace(out / RECORDS / "plan.json", json.dumps(made))
 
 
