@@ -228,6 +228,23 @@ def test_images_without_files_are_kept_to_the_pixel(tmp_path):
         assert all(a[i][0].tobytes() == b[i][0].tobytes() for i in range(0, len(a.labels), 17))
 
 
+def test_shards_of_shards_hold_the_same_files(tmp_path):
+    photos(tmp_path / "set")
+    Image.new("CMYK", (20, 10), (9, 90, 200, 30)).save(tmp_path / "set" / "train" / "cat" / "print.jpg")
+    preparing.prepare(resolved("data=folder", f"data.root={tmp_path / 'set'}", "data.num_workers=1"), tmp_path / "first", chunk_mb=0.002)
+    classes = len(stream(tmp_path / "first", num_classes=2).parts.train.classes)
+    source = ["data=imagenet_stream", f"data.root={tmp_path / 'first'}", f"data.num_classes={classes}", "data.num_workers=1"]
+    for _ in range(2):  # and goes on with what it has
+        manifest = preparing.prepare(resolved(*source), tmp_path / "second", chunk_mb=0.005)
+    first, second = stream(tmp_path / "first", num_classes=classes), stream(tmp_path / "second", num_classes=classes)
+    assert manifest.made["as_seen"] is True and len(manifest.chunks) < len(first.parts.train.place.chunks)
+    for a, b in zip(first.parts, second.parts, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.labels == b.labels and a.classes == b.classes
+            assert all(a.read(i) == b.read(i) and a[i][0].tobytes() == b[i][0].tobytes() for i in range(len(a.labels)))
+
+
 def test_what_val_fraction_carves_is_written_as_parts(tree, tmp_path):
     manifest = prepared(tree, tmp_path / "out", "data.val_fraction=0.25")
     assert {name: made["images"] for name, made in manifest.made["splits"].items()} == {"train": 30, "val": 12, "test": 21}

@@ -137,13 +137,16 @@ class Shard(NamedTuple):
 def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float) -> dict[str, Any]:
     """All that decides which image goes where; a command that is started again must come to the same."""
     from tnt_lightning.data import ImageFolder
+    from tnt_lightning.data.shards import Shards
 
-    as_seen = isinstance(data, ImageFolder)  # how its images are to be decoded: see there
+    train, _ = leaf(splits["train"], 0)
+    # How its images are to be decoded: see ImageFolder.
+    as_seen = train.as_seen if isinstance(train, Shards) else isinstance(data, ImageFolder)
     made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "as_seen": as_seen, "splits": {}}
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()
         for index in range(count):
-            source.update(f"{called(*leaf(split, index))}\0{split.labels[index]}\n".encode())
+            source.update(f"{mark(*leaf(split, index))}\0{split.labels[index]}\n".encode())
         sample = range(0, count, math.ceil(count / MEASURED))
         mean = sum(size(*leaf(split, index)) for index in sample) / len(sample)
         images = max(1, min(count, int(chunk_mb * 1e6 / max(1, mean))))
@@ -169,10 +172,13 @@ def leaf(split: "Labelled", index: int) -> tuple["Labelled", int]:
     return split, index
 
 
-def called(split: "Labelled", index: int) -> str:
-    """Of an image of a leaf: its name, of UTF-8 alone."""
+def mark(split: "Labelled", index: int) -> str:
+    """Of an image of a leaf: what tells it from others without reading it; its name, of UTF-8 alone, except of one in shards."""
+    from tnt_lightning.data.shards import Shards
     from tnt_lightning.data.splits import Files, Tar
 
+    if isinstance(split, Shards):
+        return split.mark(index)
     if isinstance(split, Files):
         name = "/".join(split.path(index).rsplit("/", 2)[-2:])
         return name if name.isascii() else os.fsencode(name).decode(errors="backslashreplace")
@@ -181,25 +187,29 @@ def called(split: "Labelled", index: int) -> str:
 
 def size(split: "Labelled", index: int) -> int:
     """Of an image of a leaf: about how many bytes it takes up."""
+    from tnt_lightning.data.shards import Shards
     from tnt_lightning.data.splits import Files, Tar
 
     if isinstance(split, Files):
         return os.stat(split.path(index)).st_size
-    return split.size(index) if isinstance(split, Tar) else len(original(split, index)[0])
+    return split.size(index) if isinstance(split, (Tar, Shards)) else len(original(split, index)[0])
 
 
 def original(split: "Labelled", index: int) -> tuple[bytes, str]:
     """The bytes of an image's file, and its name; of one in memory they are a PNG's."""
+    from tnt_lightning.data.shards import Shards
     from tnt_lightning.data.splits import Files, Tar
 
     split, index = leaf(split, index)
+    if isinstance(split, Shards):
+        return split.read(index)
     if isinstance(split, Files):
-        return Path(split.path(index)).read_bytes(), called(split, index)
+        return Path(split.path(index)).read_bytes(), mark(split, index)
     if isinstance(split, Tar):
-        return split.read(index), called(split, index)
+        return split.read(index), mark(split, index)
     content = io.BytesIO()
     split[index][0].save(content, "png")
-    return content.getvalue(), called(split, index)
+    return content.getvalue(), mark(split, index)
 
 
 def begun(out: Path, made: dict[str, Any]) -> bool:

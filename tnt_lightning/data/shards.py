@@ -298,12 +298,12 @@ def _one_line(error: Exception) -> str:
 class Shards:
     """A split in shards: item i is (PIL image, label) of the split's i-th image, wherever it lies.
 
-    chunk (n,): the number of the chunk in which an image lies
+    chunk (n,): the number of the chunk in which an image lies; as_seen: whether its pixels are those of open_as_seen
     """
 
     def __init__(self, place: Place, numbers: range, manifest: Manifest):
-        self.place, self.classes = place, manifest.classes
-        self._open = open_as_seen if manifest.made["as_seen"] else open_image
+        self.place, self.classes, self.as_seen = place, manifest.classes, manifest.made["as_seen"]
+        self._open = open_as_seen if self.as_seen else open_image
         images = np.concatenate([place.chunks[number].images for number in numbers])
         counts = [len(place.chunks[number].images) for number in numbers]
         index = images[:, 0].astype(np.int64)
@@ -321,6 +321,15 @@ class Shards:
         content, name = self.read(index)
         chunk = self.place.chunks[int(self.chunk[index])]
         return self._open(content, f"{self.place.address}/{chunk.name}: {name}"), int(self._label[index])
+
+    def mark(self, index: int) -> str:
+        """What tells an image from others, without reading it."""
+        return f"crc32:{self._crc[index]:08x}"
+
+    def size(self, index: int) -> int:
+        """The mean bytes of an image and its item, in the shard where the image lies; nothing is read."""
+        chunk = self.place.chunks[int(self.chunk[index])]
+        return chunk.size // len(chunk.images)
 
     def read(self, index: int) -> tuple[bytes, str]:
         """The bytes of the original file, and its name; UserError that names the chunk where they are not those that were written."""
