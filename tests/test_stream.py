@@ -1,5 +1,6 @@
 """Shards: what prepare writes, and training from it, here and from afar."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import filelock
 import litdata
 import numpy as np
 import pytest
+import rich.progress
 import torch
 from litdata.streaming import downloader
 from PIL import Image
@@ -24,6 +26,7 @@ from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits, ImageNet, ImageNetStream
 from tnt_lightning.data import shards as shards_module
 from tnt_lightning.data.shards import MANIFEST, Manifest, Remote, Shards, open_shards
+from tnt_lightning.data.splits import Files, Part
 from tnt_lightning.data.stream import StreamOrder, chunks_of
 from tnt_lightning.errors import UserError
 
@@ -142,6 +145,10 @@ def test_killed_prepare_goes_on_where_it_was_and_its_shards_train_a_model(tmp_pa
     assert {path.name for path in out.rglob("*") if path.is_file()} == {MANIFEST, "index.json"} | {
         c.name.split("/")[1] for c in manifest.chunks
     }
+
+    prepared(root, tmp_path / "at_once", "data.num_workers=1", chunk_mb=0.0005)
+    assert (tmp_path / "at_once" / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes()
+    assert all((tmp_path / "at_once" / c.name).read_bytes() == (out / c.name).read_bytes() for c in manifest.chunks)
 
     recipe = (
         "model=tnt_digits",
@@ -312,6 +319,16 @@ def test_of_two_that_begin_at_once_the_second_writes_no_plan(tmp_path, monkeypat
     with pytest.raises(UserError, match="begun with seed=1, now seed=0"):
         prepared(root, out)
     assert json.loads((out / preparing.RECORDS / "plan.json").read_text())["seed"] == 1 and len(stop) == 1
+
+
+def test_the_plan_of_many_images_shows_a_bar_and_takes_all_names(monkeypatch):
+    bars, image, count = [], "/set/n01/a.JPEG", 100_001
+    monkeypatch.setattr(preparing, "size", lambda split, index: 10**6)
+    monkeypatch.setattr(rich.progress, "track", lambda steps, title, **kwargs: bars.append((title, kwargs["disable"])) or steps)
+    many = Part(Files([image] * count, [0] * count, classes=["n01"]), range(count))
+    made = preparing.plan(Digits(num_classes=10, in_chans=1, image_size=8), {"train": many, "val": Part(many, range(3))}, 64)
+    assert bars == [("names of train", False), ("names of val", True)]
+    assert made["splits"]["train"]["source"] == hashlib.sha256(b"n01/a.JPEG\x000\n" * count).hexdigest()
 
 
 # ---- damage

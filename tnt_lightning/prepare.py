@@ -136,6 +136,8 @@ class Shard(NamedTuple):
 
 def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float) -> dict[str, Any]:
     """All that decides which image goes where; a command that is started again must come to the same."""
+    from rich.progress import track
+
     from tnt_lightning.data import ImageFolder
     from tnt_lightning.data.shards import Shards
 
@@ -145,8 +147,10 @@ def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float
     made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "as_seen": as_seen, "splits": {}}
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()
-        for index in range(count):
-            source.update(f"{mark(*leaf(split, index))}\0{split.labels[index]}\n".encode())
+        mark, labels = marks(split), split.labels
+        for start in track(range(0, count, 10_000), f"names of {name}", transient=True, disable=count < 100_000):
+            lines = [f"{mark(index)}\0{labels[index]}\n" for index in range(start, min(start + 10_000, count))]
+            source.update("".join(lines).encode())
         sample = range(0, count, math.ceil(count / MEASURED))
         mean = sum(size(*leaf(split, index)) for index in sample) / len(sample)
         images = max(1, min(count, int(chunk_mb * 1e6 / max(1, mean))))
@@ -172,17 +176,27 @@ def leaf(split: "Labelled", index: int) -> tuple["Labelled", int]:
     return split, index
 
 
-def mark(split: "Labelled", index: int) -> str:
-    """Of an image of a leaf: what tells it from others without reading it; its name, of UTF-8 alone, except of one in shards."""
+def marks(split: "Labelled") -> Callable[[int], str]:
+    """A function of an image's place: what tells it from others without reading it; its name, or of one in shards its checksum."""
     from tnt_lightning.data.shards import Shards
-    from tnt_lightning.data.splits import Files, Tar
+    from tnt_lightning.data.splits import Files, Joined, Part, Tar
 
-    if isinstance(split, Shards):
-        return split.mark(index)
+    if isinstance(split, Part):
+        of, indices = marks(split.whole), split.indices
+        return lambda index: of(indices[index])
+    if isinstance(split, Joined):
+        each, places = {id(part): marks(part) for part in {id(part): part for part, _ in split.places}.values()}, split.places
+        return lambda index: each[id(places[index][0])](places[index][1])
     if isinstance(split, Files):
-        name = "/".join(split.path(index).rsplit("/", 2)[-2:])
-        return name if name.isascii() else os.fsencode(name).decode(errors="backslashreplace")
-    return split.name(index) if isinstance(split, Tar) else f"{index}.png"
+        path = split.path
+        return lambda index: _named(path(index))
+    return split.mark if isinstance(split, Shards) else split.name if isinstance(split, Tar) else "{}.png".format
+
+
+def _named(path: str) -> str:
+    """FOLDER/FILE, of UTF-8 alone."""
+    name = "/".join(path.rsplit("/", 2)[-2:])
+    return name if name.isascii() else os.fsencode(name).decode(errors="backslashreplace")
 
 
 def size(split: "Labelled", index: int) -> int:
@@ -203,13 +217,14 @@ def original(split: "Labelled", index: int) -> tuple[bytes, str]:
     split, index = leaf(split, index)
     if isinstance(split, Shards):
         return split.read(index)
+    name = marks(split)(index)
     if isinstance(split, Files):
-        return Path(split.path(index)).read_bytes(), mark(split, index)
+        return Path(split.path(index)).read_bytes(), name
     if isinstance(split, Tar):
-        return split.read(index), mark(split, index)
+        return split.read(index), name
     content = io.BytesIO()
     split[index][0].save(content, "png")
-    return content.getvalue(), mark(split, index)
+    return content.getvalue(), name
 
 
 def begun(out: Path, made: dict[str, Any]) -> bool:
