@@ -563,21 +563,55 @@ def test_the_cache_keeps_to_its_limit_and_the_epoch_to_its_pixels(whole, tmp_pat
     assert len(sizes) > len(manifest.split("train")) and max(sizes) <= limit + largest
 
 
-def test_the_next_shards_are_fetched_ahead_in_the_order_of_the_epoch(whole, tmp_path):
-    there = afar(whole, tmp_path / "cache", window=1)
+class Reading:
+    """Item i: reads image i in a worker, and waits until the cache holds `want`; what it holds then, and the worker's own children."""
+
+    def __init__(self, split, want):
+        self.split, self.want = split, want
+
+    def __getitem__(self, index):
+        self.split[index]
+        cache, until = self.split.place.cache, time.monotonic() + 20
+        while {path.name for path in cache.glob("*.bin")} != self.want and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        try:
+            children = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            children = None
+        return {path.name for path in cache.glob("*.bin")}, children
+
+
+def names_ahead(there) -> tuple[int, list[str]]:
+    """The first image of an epoch, and the cache's names of the chunks in the epoch's order."""
     lie, place = chunks_of(there.parts.train), there.parts.train.place
     order = [index for index, _ in there.train_dataloader().sampler]
     turns = list(dict.fromkeys(lie[order].tolist()))  # with a window of one, chunk after chunk
     assert turns != sorted(turns)
-    there.parts.train[order[0]]
-    want = {f"{place.chunks[number].sha256}.bin" for number in turns[: 1 + Remote.AHEAD]}
-    until = time.monotonic() + 20
-    while {path.name for path in place.cache.glob("*.bin")} != want and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert {path.name for path in place.cache.glob("*.bin")} == want
-    place._ask = None  # who asked has ended
-    assert os.wait()[1] == 0
+    return order[0], [f"{place.chunks[number].sha256}.bin" for number in turns]
+
+
+def test_the_next_shards_are_fetched_ahead_in_the_order_of_the_epoch_and_no_child_is_left(whole, tmp_path):
+    there = afar(whole, tmp_path / "cache", window=1)
+    first, names = names_ahead(there)
+    want = set(names[: 1 + Remote.AHEAD])
+    reading = Reading(there.parts.train, want)
+    ((held, children),) = torch.utils.data.DataLoader(reading, sampler=[first], batch_size=None, num_workers=1)
+    assert held == want and children is None
+
+
+@pytest.mark.parametrize("worker, fork", [(False, True), (True, False)])
+def test_outside_of_workers_or_without_fork_a_shard_is_fetched_when_its_turn_comes(whole, tmp_path, monkeypatch, worker, fork):
+    there = afar(whole, tmp_path / "cache", window=1)
+    first, names = names_ahead(there)
+    if worker:
+        monkeypatch.setattr(shards_module, "get_worker_info", lambda: object(), raising=False)
+    if fork:
+        monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    else:
+        monkeypatch.delattr(os, "fork")
+    there.parts.train[first]
+    assert [path.name for path in (tmp_path / "cache").glob("*.bin")] == names[:1]
 
 
 @pytest.mark.parametrize("times", [2, 100])

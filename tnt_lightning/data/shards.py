@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from tnt_lightning.data.images import open_as_seen, open_image
 from tnt_lightning.errors import UserError
@@ -151,7 +152,9 @@ class Place:
 
 
 class Remote(Place):
-    """The chunks of an object store, each fetched once a machine into a folder, by its checksum as its name, and the next ones ahead.
+    """The chunks of an object store, each fetched once a machine into a folder, by its checksum as its name.
+
+    In a worker of a DataLoader the next ones are fetched ahead; elsewhere each when its turn comes.
 
     limit: bytes that the folder may take; beyond, the chunks opened longest ago are deleted. What a process holds open takes up its
     room until it is closed. None: no limit.
@@ -189,23 +192,33 @@ class Remote(Place):
                 break
             except FileNotFoundError:  # not yet here, or deleted since
                 self._fetch(number)
-        with contextlib.suppress(OSError):  # without: each is fetched when its turn comes
-            self._fetch_ahead(number)
+        # Not in the process that trains, which has threads and a GPU: a copy of it could hang.
+        if get_worker_info() is not None and hasattr(os, "fork"):
+            with contextlib.suppress(OSError):  # without: each is fetched when its turn comes
+                self._fetch_ahead(number)
         return file
 
     def _fetch_ahead(self, number: int) -> None:
         """In a process: the store's client draws from the generators that the augmentation draws from, so a thread would change pixels."""
         if self._ask is None or self._ask[0] != os.getpid():
             read, write = os.pipe()
-            if os.fork() == 0:
+            try:
+                child = os.fork()
+            except OSError:
+                os.close(read)
+                os.close(write)
+                raise
+            if child == 0:
                 try:
                     os.close(write)
-                    while asked := os.read(read, 4096):  # nothing: who asked has ended
-                        self._fetch_after(struct.unpack("<i", asked[-4:])[0])
+                    if os.fork() == 0:  # the child's child: whoever asks has none to wait for when it ends
+                        while asked := os.read(read, 4096):  # nothing: who asked has ended
+                            self._fetch_after(struct.unpack("<i", asked[-4:])[0])
                 finally:
                     os._exit(0)
             os.close(read)
             self._ask = os.getpid(), os.fdopen(write, "wb", buffering=0)  # closed with this object
+            os.waitpid(child, 0)
         self._ask[1].write(struct.pack("<i", number))
 
     def _fetch_after(self, number: int) -> None:
