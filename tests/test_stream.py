@@ -396,6 +396,42 @@ def test_a_manifest_that_is_not_whole_is_refused(out, spoil, message):
         stream(out)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content["made"].pop("as_seen"),
+        lambda content: content.update(made=None),
+        lambda content: content["made"]["splits"].pop("val"),
+        lambda content: content["made"].update(splits={"train": 3, "val": 3}),
+        lambda content: content["chunks"][0].update(size=float("inf")),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_says_all_that_is_asked_of_it(out, spoil):
+    content = json.loads((out / MANIFEST).read_text())
+    del content["checksum"]
+    spoil(content)
+    (out / MANIFEST).write_text(json.dumps({**content, "checksum": shards_module._checksum(content)}))
+    for reading in (lambda: stream(out), lambda: preparing.verify(out, threads=1)):
+        with pytest.raises(UserError, match=f"{out / MANIFEST}: not a whole manifest") as caught:
+            reading()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"name": 3, "size": 1, "sha256": ""}', "\0"])
+@pytest.mark.parametrize(
+    "file, said", [("plan.json", "begin again|begun with"), ("train-chunk-0-1.json", "delete it: its shard is written")]
+)
+def test_a_damaged_record_is_named(tree, tmp_path, monkeypatch, file, said, text):
+    out = tmp_path / "out"
+    monkeypatch.setattr(preparing, "read_again", lambda *args, **kwargs: 1 / 0)  # ends before it is finished
+    with pytest.raises(ZeroDivisionError):
+        prepared(tree, out)
+    (out / preparing.RECORDS / file).write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        prepared(tree, out)
+    assert "\n" not in str(caught.value) and str(out) in str(caught.value)
+
+
 def test_a_manifest_names_no_file_outside_and_no_pickle_is_read(out):
     content = json.loads((out / MANIFEST).read_text())
     del content["checksum"]

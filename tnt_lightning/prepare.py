@@ -229,13 +229,16 @@ def original(split: "Labelled", index: int) -> tuple[bytes, str]:
 
 def begun(out: Path, made: dict[str, Any]) -> bool:
     """Whether the folder was begun by the same plan; UserError unless it was, or is empty, or not there yet."""
-    from tnt_lightning.data.shards import MANIFEST, Manifest
+    from tnt_lightning.data.shards import DAMAGE, MANIFEST, Manifest
 
     first: dict[str, Any] | None = None
     if (out / MANIFEST).exists():
         first = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).made
-    elif (out / RECORDS / "plan.json").exists():
-        first = json.loads((out / RECORDS / "plan.json").read_text())
+    elif (plan := out / RECORDS / "plan.json").exists():
+        try:
+            first = dict(json.loads(plan.read_bytes()))
+        except DAMAGE as error:
+            raise UserError(f"{plan}: not a whole plan ({error}); delete {out}, and begin again") from None
     elif out.exists() and (not out.is_dir() or any(entry.name != RECORDS for entry in out.iterdir())):
         raise UserError(f"out={out}: holds something else; choose a folder that is empty or not there yet")
     if first is not None and first != made:
@@ -257,12 +260,18 @@ def claim(out: Path, made: dict[str, Any]) -> None:
 
 def written(out: Path) -> dict[str, "Chunk"]:
     """By name, the chunks that were finished, also by earlier calls."""
-    from tnt_lightning.data.shards import MANIFEST, Chunk, Manifest
+    from tnt_lightning.data.shards import DAMAGE, MANIFEST, Chunk, Manifest
 
     if (out / MANIFEST).exists():
         return {chunk.name: chunk for chunk in Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).chunks}
-    chunks = [Chunk.of(json.loads(record.read_text())) for record in (out / RECORDS).glob("*-chunk-*.json")]
-    return {chunk.name: chunk for chunk in chunks}
+    chunks = {}
+    for record in (out / RECORDS).glob("*-chunk-*.json"):
+        try:
+            chunk = Chunk.of(json.loads(record.read_bytes()))
+        except DAMAGE as error:
+            raise UserError(f"{record}: not a whole record of a shard ({error}); delete it: its shard is written again") from None
+        chunks[chunk.name] = chunk
+    return chunks
 
 
 # ---- writing, and reading again

@@ -35,6 +35,7 @@ FORMAT = 1
 MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 STORES = ("s3://", "gs://", "azure://", "r2://", "local:")
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # what JSON that is not ours ends in
 LITDATA = "needs litdata: pip install 'tnt-lightning[stream]'"
 
 
@@ -87,10 +88,15 @@ class Manifest(NamedTuple):
             found = [SPLITS.index(chunk.name.split("/")[0]) for chunk in chunks]
             if found != sorted(found) or 0 not in found:
                 raise ValueError("its chunks are out of order")
-            return cls(content["made"], content["classes"], chunks)
+            made, classes = content["made"], content["classes"]
+            if not isinstance(made["as_seen"], bool) or not all(isinstance(made["splits"][SPLITS[i]]["images"], int) for i in found):
+                raise ValueError("it does not say how it was made")
+            if len(made["splits"]) != len(set(found)) or not (classes is None or isinstance(classes, list)):
+                raise ValueError("its parts are not those of its chunks")
+            return cls(made, classes, chunks)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{where}: not a whole manifest of tnt_lightning.prepare ({error}); prepare, or copy, it again") from None
 
 
