@@ -1,5 +1,6 @@
 """Shards: what prepare writes, and training from it, here and from afar."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -11,9 +12,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import litdata
 import numpy as np
 import pytest
+import rich.progress
 import torch
 from litdata.streaming import downloader
 from PIL import Image
@@ -23,6 +26,7 @@ from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits, ImageNet, ImageNetStream
 from tnt_lightning.data import shards as shards_module
 from tnt_lightning.data.shards import MANIFEST, Manifest, Remote, Shards, open_shards
+from tnt_lightning.data.splits import Files, Part
 from tnt_lightning.data.stream import StreamOrder, chunks_of
 from tnt_lightning.errors import UserError
 
@@ -142,6 +146,10 @@ def test_killed_prepare_goes_on_where_it_was_and_its_shards_train_a_model(tmp_pa
         c.name.split("/")[1] for c in manifest.chunks
     }
 
+    prepared(root, tmp_path / "at_once", "data.num_workers=1", chunk_mb=0.0005)
+    assert (tmp_path / "at_once" / MANIFEST).read_bytes() == (out / MANIFEST).read_bytes()
+    assert all((tmp_path / "at_once" / c.name).read_bytes() == (out / c.name).read_bytes() for c in manifest.chunks)
+
     recipe = (
         "model=tnt_digits",
         "recipe=digits",
@@ -166,7 +174,7 @@ def test_shards_hold_the_original_files_and_litdata_reads_them(tree, whole):
     for name, split in (("train", folder.parts.train), ("val", folder.parts.val)):
         ours = Shards(place, manifest.split(name), manifest)
         assert ours.labels == list(split.labels) and ours.classes == list(split.classes)
-        files = [Path(preparing.original(split, i)[0]) for i in range(len(ours.labels))]
+        files = [Path(preparing.original(split, i)[1]) for i in range(len(ours.labels))]
         for index, file in enumerate(files):
             assert ours.read(index) == ((tree / name / file).read_bytes(), str(file))
             assert ours[index][0].tobytes() == split[index][0].tobytes()
@@ -182,7 +190,9 @@ def test_a_shard_of_training_is_a_mixture_and_evaluation_keeps_its_order(whole):
     assert np.concatenate(val)[:, 0].tolist() == list(range(21))
 
 
-@pytest.mark.parametrize("name, lay", [("imagenet", layouts.imagenet_tars), ("pets", layouts.pets), ("folder", photos)])
+@pytest.mark.parametrize(
+    "name, lay", [("imagenet", layouts.imagenet_tars), ("pets", layouts.pets), ("flowers", layouts.flowers), ("folder", photos)]
+)
 def test_any_data_set_of_files_gives_its_own_pixels(tmp_path, name, lay):
     lay(tmp_path / "set")
     few = ["data.num_classes=2"] if name == "imagenet" else []
@@ -198,6 +208,25 @@ def test_any_data_set_of_files_gives_its_own_pixels(tmp_path, name, lay):
             assert all(a[i][0].size == b[i][0].size and a[i][0].tobytes() == b[i][0].tobytes() for i in range(len(a.labels)))
 
 
+def test_names_that_are_not_utf8_are_written_out(tmp_path):
+    root = make_tree(tmp_path / "images", 3, 2)
+    for part in ("train", "val"):
+        (root / part / "n02").rename(root / part / os.fsdecode(b"caf\xe9"))
+        (root / part / "n03").rename(root / part / "n\u00e9")
+    prepared(root, tmp_path / "out")
+    data = stream(tmp_path / "out")
+    assert data.parts.train.classes == [os.fsdecode(b"caf\xe9"), "n01", "n\u00e9"]
+    assert {data.parts.train.read(i)[1].split("/")[0] for i in range(9)} == {r"caf\xe9", "n01", "n\u00e9"}
+    assert len(epoch(data)) == 1 and len(list(litdata.StreamingDataset(str(tmp_path / "out" / "val")))) == 6
+
+
+def test_names_that_are_files_of_the_current_folder_stay_names(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tree / "train")
+    prepared(tree, tmp_path / "out")
+    name = stream(tmp_path / "out").parts.train.read(0)[1]
+    assert Path(name).is_file()
+
+
 def test_images_without_files_are_kept_to_the_pixel(tmp_path):
     preparing.prepare(resolved("data=digits"), tmp_path, chunk_mb=1)
     digits = dict(num_classes=10, in_chans=1, image_size=8)
@@ -206,6 +235,23 @@ def test_images_without_files_are_kept_to_the_pixel(tmp_path):
     for a, b in zip(ours.parts, theirs.parts, strict=True):
         assert a.labels == b.labels
         assert all(a[i][0].tobytes() == b[i][0].tobytes() for i in range(0, len(a.labels), 17))
+
+
+def test_shards_of_shards_hold_the_same_files(tmp_path):
+    photos(tmp_path / "set")
+    Image.new("CMYK", (20, 10), (9, 90, 200, 30)).save(tmp_path / "set" / "train" / "cat" / "print.jpg")
+    preparing.prepare(resolved("data=folder", f"data.root={tmp_path / 'set'}", "data.num_workers=1"), tmp_path / "first", chunk_mb=0.002)
+    classes = len(stream(tmp_path / "first", num_classes=2).parts.train.classes)
+    source = ["data=imagenet_stream", f"data.root={tmp_path / 'first'}", f"data.num_classes={classes}", "data.num_workers=1"]
+    for _ in range(2):  # and goes on with what it has
+        manifest = preparing.prepare(resolved(*source), tmp_path / "second", chunk_mb=0.005)
+    first, second = stream(tmp_path / "first", num_classes=classes), stream(tmp_path / "second", num_classes=classes)
+    assert manifest.made["as_seen"] is True and len(manifest.chunks) < len(first.parts.train.place.chunks)
+    for a, b in zip(first.parts, second.parts, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.labels == b.labels and a.classes == b.classes
+            assert all(a.read(i) == b.read(i) and a[i][0].tobytes() == b[i][0].tobytes() for i in range(len(a.labels)))
 
 
 def test_what_val_fraction_carves_is_written_as_parts(tree, tmp_path):
@@ -245,6 +291,46 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path, spoil, message):
     with pytest.raises(UserError, match=message):
         prepared(root, out, *(overrides if isinstance(overrides, list) else []))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_cannot_be_made_is_answered_in_one_line(tree, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (Path("/proc/nothing/out"), tmp_path / "file" / "out", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match=f"out={out}: .* cannot be made or read .*; choose another out") as caught:
+            prepared(tree, out)
+        assert "\n" not in str(caught.value)
+
+
+def test_of_two_that_begin_at_once_the_second_writes_no_plan(tmp_path, monkeypatch):
+    root, out = make_tree(tmp_path / "images", 3, 2), tmp_path / "out"
+    monkeypatch.setattr(preparing, "in_threads", lambda *args, **kwargs: stop.append(kwargs) or 1 / 0)
+    stop: list = []
+
+    class Lock(filelock.FileLock):
+        """Another prepare, with another plan, gets in before this one has the lock."""
+
+        def acquire(self, *args, **kwargs):
+            if not stop and not others:
+                others.append(1)
+                with pytest.raises(ZeroDivisionError):
+                    prepared(root, out, "seed=1")
+            return super().acquire(*args, **kwargs)
+
+    others: list = []
+    monkeypatch.setattr(filelock, "FileLock", Lock)
+    with pytest.raises(UserError, match="begun with seed=1, now seed=0"):
+        prepared(root, out)
+    assert json.loads((out / preparing.RECORDS / "plan.json").read_text())["seed"] == 1 and len(stop) == 1
+
+
+def test_the_plan_of_many_images_shows_a_bar_and_takes_all_names(monkeypatch):
+    bars, image, count = [], "/set/n01/a.JPEG", 100_001
+    monkeypatch.setattr(preparing, "size", lambda split, index: 10**6)
+    monkeypatch.setattr(rich.progress, "track", lambda steps, title, **kwargs: bars.append((title, kwargs["disable"])) or steps)
+    many = Part(Files([image] * count, [0] * count, classes=["n01"]), range(count))
+    made = preparing.plan(Digits(num_classes=10, in_chans=1, image_size=8), {"train": many, "val": Part(many, range(3))}, 64)
+    assert bars == [("names of train", False), ("names of val", True)]
+    assert made["splits"]["train"]["source"] == hashlib.sha256(b"n01/a.JPEG\x000\n" * count).hexdigest()
 
 
 # ---- damage
@@ -310,6 +396,42 @@ def test_a_manifest_that_is_not_whole_is_refused(out, spoil, message):
     (out / MANIFEST).write_text(spoil((out / MANIFEST).read_text()))
     with pytest.raises(UserError, match=message):
         stream(out)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda content: content["made"].pop("as_seen"),
+        lambda content: content.update(made=None),
+        lambda content: content["made"]["splits"].pop("val"),
+        lambda content: content["made"].update(splits={"train": 3, "val": 3}),
+        lambda content: content["chunks"][0].update(size=float("inf")),
+    ],
+)
+def test_a_manifest_with_a_right_checksum_says_all_that_is_asked_of_it(out, spoil):
+    content = json.loads((out / MANIFEST).read_text())
+    del content["checksum"]
+    spoil(content)
+    (out / MANIFEST).write_text(json.dumps({**content, "checksum": shards_module._checksum(content)}))
+    for reading in (lambda: stream(out), lambda: preparing.verify(out, threads=1)):
+        with pytest.raises(UserError, match=f"{out / MANIFEST}: not a whole manifest") as caught:
+            reading()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"name": 3, "size": 1, "sha256": ""}', "\0"])
+@pytest.mark.parametrize(
+    "file, said", [("plan.json", "begin again|begun with"), ("train-chunk-0-1.json", "delete it: its shard is written")]
+)
+def test_a_damaged_record_is_named(tree, tmp_path, monkeypatch, file, said, text):
+    out = tmp_path / "out"
+    monkeypatch.setattr(preparing, "read_again", lambda *args, **kwargs: 1 / 0)  # ends before it is finished
+    with pytest.raises(ZeroDivisionError):
+        prepared(tree, out)
+    (out / preparing.RECORDS / file).write_text(text)
+    with pytest.raises(UserError, match=said) as caught:
+        prepared(tree, out)
+    assert "\n" not in str(caught.value) and str(out) in str(caught.value)
 
 
 def test_a_manifest_names_no_file_outside_and_no_pickle_is_read(out):
@@ -479,21 +601,55 @@ def test_the_cache_keeps_to_its_limit_and_the_epoch_to_its_pixels(whole, tmp_pat
     assert len(sizes) > len(manifest.split("train")) and max(sizes) <= limit + largest
 
 
-def test_the_next_shards_are_fetched_ahead_in_the_order_of_the_epoch(whole, tmp_path):
-    there = afar(whole, tmp_path / "cache", window=1)
+class Reading:
+    """Item i: reads image i in a worker, and waits until the cache holds `want`; what it holds then, and the worker's own children."""
+
+    def __init__(self, split, want):
+        self.split, self.want = split, want
+
+    def __getitem__(self, index):
+        self.split[index]
+        cache, until = self.split.place.cache, time.monotonic() + 20
+        while {path.name for path in cache.glob("*.bin")} != self.want and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        try:
+            children = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            children = None
+        return {path.name for path in cache.glob("*.bin")}, children
+
+
+def names_ahead(there) -> tuple[int, list[str]]:
+    """The first image of an epoch, and the cache's names of the chunks in the epoch's order."""
     lie, place = chunks_of(there.parts.train), there.parts.train.place
     order = [index for index, _ in there.train_dataloader().sampler]
     turns = list(dict.fromkeys(lie[order].tolist()))  # with a window of one, chunk after chunk
     assert turns != sorted(turns)
-    there.parts.train[order[0]]
-    want = {f"{place.chunks[number].sha256}.bin" for number in turns[: 1 + Remote.AHEAD]}
-    until = time.monotonic() + 20
-    while {path.name for path in place.cache.glob("*.bin")} != want and time.monotonic() < until:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert {path.name for path in place.cache.glob("*.bin")} == want
-    place._ask = None  # who asked has ended
-    assert os.wait()[1] == 0
+    return order[0], [f"{place.chunks[number].sha256}.bin" for number in turns]
+
+
+def test_the_next_shards_are_fetched_ahead_in_the_order_of_the_epoch_and_no_child_is_left(whole, tmp_path):
+    there = afar(whole, tmp_path / "cache", window=1)
+    first, names = names_ahead(there)
+    want = set(names[: 1 + Remote.AHEAD])
+    reading = Reading(there.parts.train, want)
+    ((held, children),) = torch.utils.data.DataLoader(reading, sampler=[first], batch_size=None, num_workers=1)
+    assert held == want and children is None
+
+
+@pytest.mark.parametrize("worker, fork", [(False, True), (True, False)])
+def test_outside_of_workers_or_without_fork_a_shard_is_fetched_when_its_turn_comes(whole, tmp_path, monkeypatch, worker, fork):
+    there = afar(whole, tmp_path / "cache", window=1)
+    first, names = names_ahead(there)
+    if worker:
+        monkeypatch.setattr(shards_module, "get_worker_info", lambda: object(), raising=False)
+    if fork:
+        monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    else:
+        monkeypatch.delattr(os, "fork")
+    there.parts.train[first]
+    assert [path.name for path in (tmp_path / "cache").glob("*.bin")] == names[:1]
 
 
 @pytest.mark.parametrize("times", [2, 100])

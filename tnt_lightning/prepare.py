@@ -4,6 +4,7 @@ Training images are shuffled once, so that no shard is of one class; val and tes
 is written, which comes last: started again after it was cut off, prepare goes on with those that are not.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -70,10 +71,17 @@ def prepare(config: dict[str, Any], out: Path, *, chunk_mb: float = 64) -> "Mani
     assert data.parts is not None
     splits = {name: split for name, split in data.parts._asdict().items() if split is not None}
     made = plan(data, splits, chunk_mb)
-    claim(out, made)
     records = out / RECORDS
     try:
+        begun(out, made)  # first, as nothing is made in a folder of something else
+        records.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"out={out}: {error.filename or out} cannot be made or read ({error.strerror or error}); choose another out"
+        ) from None
+    try:
         with FileLock(records / "lock", timeout=0):
+            claim(out, made)
             for left in records.glob("writing-*"):
                 shutil.rmtree(left)
             known, shards = written(out), deal(made)
@@ -91,11 +99,13 @@ def prepare(config: dict[str, Any], out: Path, *, chunk_mb: float = 64) -> "Mani
                 _replace(out / name / "index.json", json.dumps(_litdata_index(manifest, name), sort_keys=True))
             read_again(out, manifest, threads=data.num_workers)
             _replace(out / MANIFEST, manifest.dumps())
+            shutil.rmtree(records, ignore_errors=True)
     except Timeout:
         raise UserError(f"out={out}: another prepare is at work on it") from None
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}; the same command goes on from here") from None
-    shutil.rmtree(records)
+    with contextlib.suppress(OSError):  # over NFS it holds the lock until now
+        records.rmdir()
     return manifest
 
 
@@ -103,10 +113,13 @@ def verify(out: Path, *, threads: int) -> "Manifest":
     """Read all shards; UserError for the first that is not what was written."""
     from tnt_lightning.data.shards import MANIFEST, Manifest
 
-    if not (out / MANIFEST).is_file():
-        raise UserError(f"{out / MANIFEST}: no such file; what python -m tnt_lightning.prepare has finished holds one")
-    manifest = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST))
-    read_again(out, manifest, threads=threads)
+    try:
+        if not (out / MANIFEST).is_file():
+            raise UserError(f"{out / MANIFEST}: no such file; what python -m tnt_lightning.prepare has finished holds one")
+        manifest = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST))
+        read_again(out, manifest, threads=threads)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: cannot be read ({error.strerror or error})") from None
     return manifest
 
 
@@ -123,16 +136,23 @@ class Shard(NamedTuple):
 
 def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float) -> dict[str, Any]:
     """All that decides which image goes where; a command that is started again must come to the same."""
-    from tnt_lightning.data import ImageFolder
+    from rich.progress import track
 
-    as_seen = isinstance(data, ImageFolder)  # how its images are to be decoded: see there
+    from tnt_lightning.data import ImageFolder
+    from tnt_lightning.data.shards import Shards
+
+    train, _ = leaf(splits["train"], 0)
+    # How its images are to be decoded: see ImageFolder.
+    as_seen = train.as_seen if isinstance(train, Shards) else isinstance(data, ImageFolder)
     made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "as_seen": as_seen, "splits": {}}
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()
-        for index in range(count):
-            source.update(f"{original(split, index)[0]}\0{split.labels[index]}\n".encode())
+        mark, labels = marks(split), split.labels
+        for start in track(range(0, count, 10_000), f"names of {name}", transient=True, disable=count < 100_000):
+            lines = [f"{mark(index)}\0{labels[index]}\n" for index in range(start, min(start + 10_000, count))]
+            source.update("".join(lines).encode())
         sample = range(0, count, math.ceil(count / MEASURED))
-        mean = sum(original(split, index)[1]() for index in sample) / len(sample)
+        mean = sum(size(*leaf(split, index)) for index in sample) / len(sample)
         images = max(1, min(count, int(chunk_mb * 1e6 / max(1, mean))))
         made["splits"][name] = {"images": count, "shards": math.ceil(count / images), "source": source.hexdigest()}
     return made
@@ -147,58 +167,116 @@ def deal(made: dict[str, Any]) -> list[Shard]:
     return shards
 
 
-def original(split: "Labelled", index: int) -> tuple[str, Callable[[], int], Callable[[], bytes]]:
-    """Of an image: its name, how to get the size of its file, and how to get the file's bytes; of one in memory they are a PNG's."""
-    from tnt_lightning.data.splits import Files, Joined, Part, Tar
+def leaf(split: "Labelled", index: int) -> tuple["Labelled", int]:
+    """The split that holds the image itself, and the image's place in it."""
+    from tnt_lightning.data.splits import Joined, Part
 
     while isinstance(split, (Part, Joined)):
-        split, index = (split.whole, split.indices[index]) if isinstance(split, Part) else split.places[index]
+        split, index = (split.whole, split.indices[index]) if isinstance(split, Part) else split.place(index)
+    return split, index
+
+
+def marks(split: "Labelled") -> Callable[[int], str]:
+    """A function of an image's place: what tells it from others without reading it; its name, or of one in shards its checksum."""
+    from tnt_lightning.data.shards import Shards
+    from tnt_lightning.data.splits import Files, Joined, Part, Tar
+
+    if isinstance(split, Part):
+        of, indices = marks(split.whole), split.indices
+        return lambda index: of(indices[index])
+    if isinstance(split, Joined):
+        each, place = {id(part): marks(part) for part in split.splits}, split.place
+
+        def mark(index: int) -> str:
+            part, i = place(index)
+            return each[id(part)](i)
+
+        return mark
     if isinstance(split, Files):
-        path = Path(split.path(index))
-        return "/".join(path.parts[-2:]), lambda: path.stat().st_size, path.read_bytes
+        path = split.path
+        return lambda index: _named(path(index))
+    return split.mark if isinstance(split, Shards) else split.name if isinstance(split, Tar) else "{}.png".format
+
+
+def _named(path: str) -> str:
+    """FOLDER/FILE, of UTF-8 alone."""
+    name = "/".join(path.rsplit("/", 2)[-2:])
+    return name if name.isascii() else os.fsencode(name).decode(errors="backslashreplace")
+
+
+def size(split: "Labelled", index: int) -> int:
+    """Of an image of a leaf: about how many bytes it takes up."""
+    from tnt_lightning.data.shards import Shards
+    from tnt_lightning.data.splits import Files, Tar
+
+    if isinstance(split, Files):
+        return os.stat(split.path(index)).st_size
+    return split.size(index) if isinstance(split, (Tar, Shards)) else len(original(split, index)[0])
+
+
+def original(split: "Labelled", index: int) -> tuple[bytes, str]:
+    """The bytes of an image's file, and its name; of one in memory they are a PNG's."""
+    from tnt_lightning.data.shards import Shards
+    from tnt_lightning.data.splits import Files, Tar
+
+    split, index = leaf(split, index)
+    if isinstance(split, Shards):
+        return split.read(index)
+    name = marks(split)(index)
+    if isinstance(split, Files):
+        return Path(split.path(index)).read_bytes(), name
     if isinstance(split, Tar):
-        tar = split
-        return tar.name(index), lambda: tar.size(index), lambda: tar.read(index)
-    image = split[index][0]
+        return split.read(index), name
+    content = io.BytesIO()
+    split[index][0].save(content, "png")
+    return content.getvalue(), name
 
-    def png() -> bytes:
-        content = io.BytesIO()
-        image.save(content, "png")
-        return content.getvalue()
 
-    return f"{index}.png", lambda: len(png()), png
+def begun(out: Path, made: dict[str, Any]) -> bool:
+    """Whether the folder was begun by the same plan; UserError unless it was, or is empty, or not there yet."""
+    from tnt_lightning.data.shards import DAMAGE, MANIFEST, Manifest
+
+    first: dict[str, Any] | None = None
+    if (out / MANIFEST).exists():
+        first = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).made
+    elif (plan := out / RECORDS / "plan.json").exists():
+        try:
+            first = dict(json.loads(plan.read_bytes()))
+        except DAMAGE as error:
+            raise UserError(f"{plan}: not a whole plan ({error}); delete {out}, and begin again") from None
+    elif out.exists() and (not out.is_dir() or any(entry.name != RECORDS for entry in out.iterdir())):
+        raise UserError(f"out={out}: holds something else; choose a folder that is empty or not there yet")
+    if first is not None and first != made:
+        key = next((key for key in made if first.get(key) != made[key]), "splits")
+        what = "other images" if key == "splits" else f"{key}={first.get(key)}, now {key}={made[key]}"
+        raise UserError(f"out={out}: begun with {what}; choose another folder, or give the same again")
+    return first is not None
 
 
 def claim(out: Path, made: dict[str, Any]) -> None:
-    """The folder is ours: empty, or begun by the same plan."""
-    from tnt_lightning.data.shards import MANIFEST, Manifest
-
-    begun: dict[str, Any] | None = None
-    if (out / MANIFEST).exists():
-        begun = Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).made
-    elif (out / RECORDS / "plan.json").exists():
-        begun = json.loads((out / RECORDS / "plan.json").read_text())
-    elif out.exists() and (not out.is_dir() or any(entry.name != RECORDS for entry in out.iterdir())):
-        raise UserError(f"out={out}: holds something else; choose a folder that is empty or not there yet")
-    if begun is not None and begun != made:
-        keys = [key for key in made if begun.get(key) != made[key]]
-        what = "other images" if keys[0] == "splits" else f"{keys[0]}={begun.get(keys[0])}, now {keys[0]}={made[keys[0]]}"
-        raise UserError(f"out={out}: begun with {what}; choose another folder, or give the same again")
-    (out / RECORDS).mkdir(parents=True, exist_ok=True)
+    """The folder is ours; under the lock, as another prepare may have begun it since."""
+    again = begun(out, made)
+    (out / RECORDS).mkdir(exist_ok=True)
     for split in made["splits"]:
         (out / split).mkdir(exist_ok=True)
-    if begun is None:
+    if not again:
         _replace(out / RECORDS / "plan.json", json.dumps(made))
 
 
 def written(out: Path) -> dict[str, "Chunk"]:
     """By name, the chunks that were finished, also by earlier calls."""
-    from tnt_lightning.data.shards import MANIFEST, Chunk, Manifest
+    from tnt_lightning.data.shards import DAMAGE, MANIFEST, Chunk, Manifest
 
     if (out / MANIFEST).exists():
         return {chunk.name: chunk for chunk in Manifest.loads((out / MANIFEST).read_bytes(), str(out / MANIFEST)).chunks}
-    chunks = [Chunk.of(json.loads(record.read_text())) for record in (out / RECORDS).glob("*-chunk-*.json")]
-    return {chunk.name: chunk for chunk in chunks}
+    chunks = {}
+    for record in (out / RECORDS).glob("*-chunk-*.json"):
+        try:
+            chunk = Chunk.of(json.loads(record.read_bytes()))
+        except DAMAGE as error:
+            raise UserError(f"{record}: not a whole record of a shard ({error}); delete it: its shard is written again") from None
+        chunks[chunk.name] = chunk
+    return chunks
 
 
 # ---- writing, and reading again
@@ -212,8 +290,8 @@ def write(shard: Shard, split: "Labelled", out: Path, known: "Chunk | None") -> 
     with tempfile.TemporaryDirectory(prefix="writing-", dir=out / RECORDS) as folder:
         writer = _writer(folder, len(shard.indices))
         for slot, index in enumerate(shard.indices.tolist()):
-            name, _, read = original(split, index)
-            content, label = read(), int(split.labels[index])
+            content, name = original(split, index)
+            label = int(split.labels[index])
             writer.add_item(slot, (content, label, index, name))
             images[slot] = index, label, zlib.crc32(content)
         (file,) = map(Path, writer.done())
@@ -229,10 +307,16 @@ def _writer(folder: str, count: int) -> Any:
     from tnt_lightning.data.shards import LITDATA
 
     try:
+        from litdata.streaming.serializers import StringSerializer
         from litdata.streaming.writer import BinaryWriter
     except ImportError:
         raise UserError(f"prepare {LITDATA}") from None
-    return BinaryWriter(folder, chunk_size=count)
+
+    class Text(StringSerializer):
+        def can_serialize(self, data: Any) -> bool:
+            return isinstance(data, str)  # litdata's own leaves the name of a file of the current folder to pickle
+
+    return BinaryWriter(folder, chunk_size=count, serializers={"str": Text()})
 
 
 def _litdata_index(manifest: "Manifest", split: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from tnt_lightning.data.images import open_as_seen, open_image
 from tnt_lightning.errors import UserError
@@ -34,6 +35,7 @@ FORMAT = 1
 MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 STORES = ("s3://", "gs://", "azure://", "r2://", "local:")
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # what JSON that is not ours ends in
 LITDATA = "needs litdata: pip install 'tnt-lightning[stream]'"
 
 
@@ -86,10 +88,15 @@ class Manifest(NamedTuple):
             found = [SPLITS.index(chunk.name.split("/")[0]) for chunk in chunks]
             if found != sorted(found) or 0 not in found:
                 raise ValueError("its chunks are out of order")
-            return cls(content["made"], content["classes"], chunks)
+            made, classes = content["made"], content["classes"]
+            if not isinstance(made["as_seen"], bool) or not all(isinstance(made["splits"][SPLITS[i]]["images"], int) for i in found):
+                raise ValueError("it does not say how it was made")
+            if len(made["splits"]) != len(set(found)) or not (classes is None or isinstance(classes, list)):
+                raise ValueError("its parts are not those of its chunks")
+            return cls(made, classes, chunks)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise UserError(f"{where}: not a whole manifest of tnt_lightning.prepare ({error}); prepare, or copy, it again") from None
 
 
@@ -151,7 +158,9 @@ class Place:
 
 
 class Remote(Place):
-    """The chunks of an object store, each fetched once a machine into a folder, by its checksum as its name, and the next ones ahead.
+    """The chunks of an object store, each fetched once a machine into a folder, by its checksum as its name.
+
+    In a worker of a DataLoader the next ones are fetched ahead; elsewhere each when its turn comes.
 
     limit: bytes that the folder may take; beyond, the chunks opened longest ago are deleted. What a process holds open takes up its
     room until it is closed. None: no limit.
@@ -189,23 +198,33 @@ class Remote(Place):
                 break
             except FileNotFoundError:  # not yet here, or deleted since
                 self._fetch(number)
-        with contextlib.suppress(OSError):  # without: each is fetched when its turn comes
-            self._fetch_ahead(number)
+        # Not in the process that trains, which has threads and a GPU: a copy of it could hang.
+        if get_worker_info() is not None and hasattr(os, "fork"):
+            with contextlib.suppress(OSError):  # without: each is fetched when its turn comes
+                self._fetch_ahead(number)
         return file
 
     def _fetch_ahead(self, number: int) -> None:
         """In a process: the store's client draws from the generators that the augmentation draws from, so a thread would change pixels."""
         if self._ask is None or self._ask[0] != os.getpid():
             read, write = os.pipe()
-            if os.fork() == 0:
+            try:
+                child = os.fork()
+            except OSError:
+                os.close(read)
+                os.close(write)
+                raise
+            if child == 0:
                 try:
                     os.close(write)
-                    while asked := os.read(read, 4096):  # nothing: who asked has ended
-                        self._fetch_after(struct.unpack("<i", asked[-4:])[0])
+                    if os.fork() == 0:  # the child's child: whoever asks has none to wait for when it ends
+                        while asked := os.read(read, 4096):  # nothing: who asked has ended
+                            self._fetch_after(struct.unpack("<i", asked[-4:])[0])
                 finally:
                     os._exit(0)
             os.close(read)
             self._ask = os.getpid(), os.fdopen(write, "wb", buffering=0)  # closed with this object
+            os.waitpid(child, 0)
         self._ask[1].write(struct.pack("<i", number))
 
     def _fetch_after(self, number: int) -> None:
@@ -298,12 +317,12 @@ def _one_line(error: Exception) -> str:
 class Shards:
     """A split in shards: item i is (PIL image, label) of the split's i-th image, wherever it lies.
 
-    chunk (n,): the number of the chunk in which an image lies
+    chunk (n,): the number of the chunk in which an image lies; as_seen: whether its pixels are those of open_as_seen
     """
 
     def __init__(self, place: Place, numbers: range, manifest: Manifest):
-        self.place, self.classes = place, manifest.classes
-        self._open = open_as_seen if manifest.made["as_seen"] else open_image
+        self.place, self.classes, self.as_seen = place, manifest.classes, manifest.made["as_seen"]
+        self._open = open_as_seen if self.as_seen else open_image
         images = np.concatenate([place.chunks[number].images for number in numbers])
         counts = [len(place.chunks[number].images) for number in numbers]
         index = images[:, 0].astype(np.int64)
@@ -321,6 +340,15 @@ class Shards:
         content, name = self.read(index)
         chunk = self.place.chunks[int(self.chunk[index])]
         return self._open(content, f"{self.place.address}/{chunk.name}: {name}"), int(self._label[index])
+
+    def mark(self, index: int) -> str:
+        """What tells an image from others, without reading it."""
+        return f"crc32:{self._crc[index]:08x}"
+
+    def size(self, index: int) -> int:
+        """The mean bytes of an image and its item, in the shard where the image lies; nothing is read."""
+        chunk = self.place.chunks[int(self.chunk[index])]
+        return chunk.size // len(chunk.images)
 
     def read(self, index: int) -> tuple[bytes, str]:
         """The bytes of the original file, and its name; UserError that names the chunk where they are not those that were written."""

@@ -101,7 +101,7 @@ class Tar:
     def __init__(self, tar: Path, classes: Sequence[str] | None = None):
         self.tar = tar
         names, self._offsets, self._sizes = _index(tar)
-        self.names = np.char.encode(names, "utf-8")
+        self.names = np.char.encode(names, "utf-8", "surrogateescape")
         self.labels: list[int] = []
         self.classes: list[str] = []
         inner = [name.split("/")[0] if "/" in name else "" for name in names.tolist()]
@@ -112,7 +112,7 @@ class Tar:
         self._file: int | None = None
 
     def name(self, index: int) -> str:
-        return bytes(self.names[index]).decode()
+        return bytes(self.names[index]).decode(errors="surrogateescape")
 
     def size(self, index: int) -> int:
         return int(self._sizes[index])

@@ -46,14 +46,12 @@ class ImageNetStream(ImageDataModule):
 
     def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
         assert self.parts is not None
-        if self.cache:
-            return super()._train_order(size, **arguments)  # in memory: mixed among all of them
         lie = chunks_of(self.parts.train)
         nodes = self.trainer.num_nodes if self.trainer else 1
         return StreamOrder(size, lie=lie, place=_place_of(self.parts.train), window=self.window, nodes=nodes, **arguments)
 
     def _eval_order(self, split: Labelled) -> Sequence[int]:
-        return super()._eval_order(split) if self.cache else np.argsort(chunks_of(split), kind="stable").tolist()
+        return np.argsort(chunks_of(split), kind="stable").tolist()
 
 
 class StreamOrder(TrainOrder):
@@ -92,8 +90,7 @@ def chunks_of(split: Labelled) -> np.ndarray:
     if isinstance(split, Part):
         return chunks_of(split.whole)[np.asarray(split.indices)]
     if isinstance(split, Joined):
-        lie = {id(part): chunks_of(part) for part in {id(part): part for part, _ in split.places}.values()}
-        return np.array([lie[id(part)][i] for part, i in split.places])
+        return np.concatenate([chunks_of(part) for part in split.splits])
     assert isinstance(split, Shards)
     return split.chunk
 
@@ -102,6 +99,6 @@ def _place_of(split: Labelled) -> Place:
     if isinstance(split, Part):
         return _place_of(split.whole)
     if isinstance(split, Joined):
-        return _place_of(split.places[0][0])
+        return _place_of(split.splits[0])
     assert isinstance(split, Shards)
     return split.place
