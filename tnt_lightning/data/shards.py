@@ -36,7 +36,7 @@ MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 STORES = ("s3://", "gs://", "azure://", "r2://", "local:")
 DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # what JSON that is not ours ends in
-LITDATA = "needs litdata: pip install 'tnt-lightning[stream]'"
+LITDATA = "needs litdata: pip install litdata"
 
 
 class Chunk(NamedTuple):
