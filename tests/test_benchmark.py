@@ -15,6 +15,7 @@ from .conftest import command
 TINY = ("rounds=2", "data.images=4", "data.batch_size=4", "data.image_size=32")
 
 
+@pytest.mark.slow
 def test_data_is_measured_beside_timms(tmp_path):
     done = command("benchmark", "data", *TINY, "data.sizes=[60x50,100x80]", "data.num_workers=1", "out=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -111,6 +111,7 @@ def equal(these, those):
 # ---- prepare
 
 
+@pytest.mark.slow
 def test_killed_prepare_goes_on_where_it_was_and_its_shards_train_a_model(tmp_path):
     root, out = make_tree(tmp_path / "images", 60, 7), tmp_path / "out"
     line = [
