@@ -704,9 +704,9 @@ def test_mistakes_are_answered_in_one_line(tree, whole, tmp_path, monkeypatch):
         preparing.verify(tmp_path / "nothing", threads=1)
     monkeypatch.setitem(sys.modules, "litdata.streaming.downloader", None)
     monkeypatch.setitem(sys.modules, "litdata.streaming.writer", None)
-    with pytest.raises(UserError, match=r"s3://bucket/shards.json: needs litdata: pip install 'tnt-lightning\[stream\]'"):
+    with pytest.raises(UserError, match=r"s3://bucket/shards.json: needs litdata: pip install litdata"):
         ImageNetStream(**OURS, root="s3://bucket").setup()
-    with pytest.raises(UserError, match=r"prepare needs litdata: pip install 'tnt-lightning\[stream\]'"):
+    with pytest.raises(UserError, match=r"prepare needs litdata: pip install litdata"):
         prepared(tree, tmp_path / "out")
 
 
