@@ -195,13 +195,7 @@ class ImageDataModule(L.LightningDataModule):
     def home(self) -> Path:
         """root, which must be given."""
         if self.root is None:
-            get = (
-                f"; get it from {self.page}, or give data.download=true"
-                if self.archives
-                else f"; get it from {self.page}"
-                if self.page
-                else ""
-            )
+            get = (f"; get it from {self.page}" if self.page else "") + (", or give data.download=true too" if self.archives else "")
             raise UserError(f"data.root is not set; give the folder that holds the images: data.root=/path/to/them{get}")
         return Path(self.root).expanduser()
 
@@ -218,7 +212,7 @@ class ImageDataModule(L.LightningDataModule):
         if self.download and not self.archives:
             where = f"; get it from {self.page}" if self.page else ""
             raise UserError(f"data.download=true: {type(self).__name__} is not to be downloaded{where}")
-        if self.download and not self._is_there():
+        if self.download and self.parts is None and not self._is_there():  # Lightning asks again when all is set up
             fetch(self.home(), self.archives)
 
     def _is_there(self) -> bool:
