@@ -9,8 +9,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "tnt_lightning"
 FLOORS = [  # a module may import from its own floor and the ones before
-    {"tnt_lightning", "errors"},
+    {"tnt_lightning", "errors", "signals"},
     {"runs", "schema", "trees"},
+    {"checkpoints", "curves"},
     {"models"},
     {"data"},
     {"classifier", "callbacks"},
@@ -20,7 +21,7 @@ FLOORS = [  # a module may import from its own floor and the ones before
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare"},
-    "lightning": {"classifier", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
+    "lightning": {"classifier", "checkpoints", "curves", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
     "wandb": {"dashboard"},
     "litdata": {"data", "prepare"},
 }

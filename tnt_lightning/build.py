@@ -2,17 +2,18 @@
 
 import inspect
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import tnt_lightning.data
+from tnt_lightning.checkpoints import WholeFiles
 from tnt_lightning.classifier import Classifier
+from tnt_lightning.curves import Curves
 from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
@@ -50,9 +51,9 @@ def build_classifier(config: Config) -> Classifier:
 
 
 def build_trainer(
-    config: Config, *, run: Path | None = None, callbacks: list[Callback] | None = None, dashboard: Dashboard | None = None
+    config: Config, *, callbacks: list[Callback] | None = None, curves: Curves | None = None, dashboard: Dashboard | None = None
 ) -> L.Trainer:
-    """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs there, and to the dashboard."""
+    """The Trainer of `config`, and torch's CPU threads as it says; it logs to the curves and the dashboard."""
     torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
@@ -64,13 +65,14 @@ def build_trainer(
         )
     _refuse_unknown("trainer", "lightning.Trainer", arguments, L.Trainer.__init__)
     name = config["logger"]["name"]
-    loggers: list[Logger] = [CSVLogger(run, name="", version="")] if run is not None and name != "none" else []
+    loggers: list[Logger] = [curves] if curves is not None and name != "none" else []
     if dashboard is not None and name == "wandb":
         loggers.append(dashboard)
     ours: dict[str, Any] = dict(
         logger=loggers,
         callbacks=callbacks,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or []),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks or []),
+        plugins=[WholeFiles()],
         use_distributed_sampler=False,  # the data module splits images among ranks itself
         num_sanity_val_steps=0,
         enable_model_summary=False,

@@ -1,17 +1,26 @@
-"""What runs beside training: the averaged weights, and the count of images a second."""
+"""What runs beside training: averaged weights, checkpoints and the way on from them, the watch over the loss, images a second."""
 
-import shutil
+import json
+import math
 import statistics
 import time
+from collections import deque
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from tnt_lightning.checkpoints import Position, copy, read
+from tnt_lightning.curves import Curves
+from tnt_lightning.errors import UserError
+from tnt_lightning.signals import Signals, name
 
 
 class EMA(WeightAveraging):
@@ -25,6 +34,7 @@ class EMA(WeightAveraging):
         super().__init__(multi_avg_fn=self._average)
         self.decay = decay
         self._step = 0
+        self._swapped = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the module itself moves there only after this hook
@@ -44,58 +54,338 @@ class EMA(WeightAveraging):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.state.fn == "fit":
             super().on_validation_epoch_start(trainer, pl_module)
+            self._swapped = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.state.fn == "fit":
-            super().on_validation_epoch_end(trainer, pl_module)
+        self.give_back(pl_module)
+
+    def give_back(self, pl_module: L.LightningModule) -> None:
+        """The raw weights to the module, where a validation has them out."""
+        if self._swapped:
+            self._swap_models(pl_module)
+            self._swapped = False
 
 
-class Best(ModelCheckpoint):
-    """best.ckpt by validation top-1; of equal ones the later, which on a small set is the better trained.
+class Checkpoints(Checkpoint):
+    """last.ckpt after every epoch, every so many steps and when a signal ends the run; best.ckpt, a copy of it, after the validation
+    with the best top-1 so far: of equal ones the later, which on a small set is the better trained.
 
-    continued: the checkpoints folder of the run that this one continues, whose best.ckpt comes along.
+    every_n_steps: optimizer steps between checkpoints in the middle of an epoch; None for none
+    signals: stops training between two steps, on all ranks at the same one; curves: whose rows a checkpoint counts
+    came_from: the checkpoint file that training goes on from, in this run or in another; timeout_s: to wait for the other ranks
+
+    A checkpoint is written between two optimizer steps, and a run that goes on from it is seated there: Lightning's own counters after
+    a restart are off by one in several of these places, and redo or leave out a validation.
     """
 
-    def __init__(self, folder: Path, *, continued: Path | None = None):
-        super().__init__(folder, filename="best", monitor="val/top1", mode="max", enable_version_counter=False)
-        self.continued = continued
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every_n_steps: int | None = None,
+        signals: Signals | None = None,
+        curves: Curves | None = None,
+        came_from: Path | None = None,
+        timeout_s: float = 1800,
+    ):
+        self.folder, self.every_n_steps, self.came_from = folder, every_n_steps, came_from
+        self.signals, self.curves, self.timeout_s = signals or Signals(), curves, timeout_s
+        self.best_top1: float | None = None
+        self.best_step: int | None = None
+        self.start = Position()
+        self._began = time.monotonic()
+        self._saved: int | None = None  # the step of the last checkpoint
+        self._is_best = False
+        self._ending: int | None = None  # the signal that all ranks have agreed on
 
-    @staticmethod
-    def chosen_in(checkpoint: Path) -> bool:
-        """Whether there was a best epoch by the time that a checkpoint of ours was written."""
-        states = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["callbacks"].values()
-        return any(state.get("best_model_score") is not None for state in states)
+    # ---- where training goes on
 
-    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
-        if current is not None and self.best_model_score is not None and current == self.best_model_score:
-            return True
-        return super().check_monitor_top_k(trainer, current)
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_top1": self.best_top1, "best_step": self.best_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The state's own paths are not used: the run may have been moved since."""
-        assert self.continued is not None and self.dirpath is not None
-        if state_dict["best_model_score"] is None:  # cut off before its first validation
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # called after on_load_checkpoint
+        self.best_top1, self.best_step = state_dict["best_top1"], state_dict["best_step"]
+        assert self.came_from is not None
+        self._bring_best(self.came_from, speaks=getattr(rank_zero_only, "rank", 0) == 0)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.start = Position.of(checkpoint)
+        self._saved = self.start.step
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.begin = self.start.epoch, first_batch(self.start, trainer)
+
+    def _bring_best(self, source: Path, *, speaks: bool) -> None:
+        """The best.ckpt that the state speaks of, whose file may be older (cut off before it was copied), newer, elsewhere or gone."""
+        if self.best_step is None:
             return
-        ours = Path(self.dirpath, "best.ckpt")
-        _copy(self.continued / "best.ckpt", ours)
-        places = dict(best_model_path=str(ours), kth_best_model_path=str(ours), best_k_models={str(ours): state_dict["best_model_score"]})
-        super().load_state_dict({**state_dict, **places, "dirpath": self.dirpath})
+        beside, ours = source.with_name("best.ckpt"), self.folder / "best.ckpt"
+        try:
+            found: Path | None = beside
+            if Position.of(read(beside)).step != self.best_step:
+                found = None
+        except UserError:
+            found = None
+        if found is None and self.start.step == self.best_step:
+            found = source
+        if found is None:
+            if speaks:
+                print(f"note   {beside} is not the one of step {self.best_step}: the best is chosen anew, from the next validation on")
+            self.best_top1 = self.best_step = None
+        elif speaks and found != ours:
+            copy(found, ours)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._agreed = Agreement(trainer.world_size, self.timeout_s)
+        # Lightning's asks the device on every step, and hears the first rank alone.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        if self.came_from is not None:
+            _seat(trainer, self.start, first_batch(self.start, trainer))
+        self.signals.phase = "training"
+
+    # ---- where checkpoints are written
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._ending = self._ending or self._agreed(self.signals.came or 0) or None
+        if batch_idx % trainer.accumulate_grad_batches:  # gradients are not saved
+            return
+        step = trainer.global_step
+        due = self.every_n_steps is not None and batch_idx and step != self._saved and step % self.every_n_steps == 0
+        if due or self._ending:
+            self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=batch_idx)
+        if self._ending:
+            self._end(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if trainer.state.fn != "fit" or batch_idx >= _batches_of_every_rank(trainer):
+            return
+        self._ending = self._ending or self._agreed(self.signals.came or 0) or None
+        if self._ending:  # the raw weights go back to their place, and the validation is to be done again
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, EMA):
+                    callback.give_back(pl_module)
+            self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=trainer.fit_loop.batch_idx + 1, validating=True)
+            self._end(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        top1 = trainer.callback_metrics.get("val/top1")
+        if trainer.state.fn != "fit" or top1 is None:
+            return
+        if self.best_top1 is None or float(top1) >= self.best_top1:
+            self.best_top1, self.best_step, self._is_best = float(top1), trainer.global_step, True
+        done = trainer.fit_loop.batch_idx + 1
+        if self._is_best and done < trainer.num_training_batches:  # at an epoch's end, with the checkpoint of that
+            self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=done)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer, pl_module, epoch=trainer.current_epoch + 1, batch=0)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.signals.phase = "after"
+
+    def _save(self, trainer: L.Trainer, module: L.LightningModule, *, epoch: int, batch: int, validating: bool = False) -> None:
+        if not _finite(list(module.parameters())):
+            raise UserError(
+                f"the weights are no longer finite at step {trainer.global_step}; the checkpoints are from before; lower optimizer.lr"
+            )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Finite):
+                callback.settle(trainer)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self.here = Position(
+            epoch=epoch,
+            batch=batch,
+            images=batch * data.device_batch * trainer.world_size,
+            step=trainer.global_step,
+            validating=validating,
+            world=trainer.world_size,
+            accumulation=trainer.accumulate_grad_batches,
+            num_workers=data.num_workers,
+            rows=self.curves.rows if self.curves else 0,
+            seconds=self.seconds,
+        )
+        trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
+        if self._is_best and trainer.is_global_zero:
+            copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
+        self._saved, self._is_best = trainer.global_step, False
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.here.put_into(checkpoint)
+
+    @property
+    def seconds(self) -> float:
+        """Of training until now, that of the parts before included."""
+        return self.start.seconds + time.monotonic() - self._began
+
+    def _end(self, trainer: L.Trainer) -> None:
+        assert self._ending is not None
+        if trainer.is_global_zero:
+            self.signals.came = self.signals.came or self._ending
+            print(f"\nstopped by {name(self._ending)} at {self.here}; {self.folder / 'last.ckpt'} holds it", flush=True)
+            self.signals.hand_back()
+        raise SystemExit(128 + self._ending)
 
 
-@rank_zero_only
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+class Agreement:
+    """The highest number that any rank has to say, the same on all ranks one call later: it travels while the next step is computed,
+    and no device is waited for. With one rank, at once."""
+
+    def __init__(self, world: int, timeout_s: float):
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world > 1 else None
+        self._said: tuple[Tensor, Any] | None = None
+
+    def __call__(self, number: int) -> int:
+        if self._group is None:
+            return number
+        heard = 0
+        if self._said is not None:
+            said, work = self._said
+            work.wait()
+            heard = int(said)
+        said = torch.tensor([number])
+        self._said = said, torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
+        return heard
 
 
-class Last(ModelCheckpoint):
-    """last.ckpt, after every epoch. (Lightning's save_last writes it only where a best one was written too.)"""
+def first_batch(start: Position, trainer: L.Trainer) -> int:
+    """Batches of the epoch that are done, in batches of this trainer, whose ranks and accumulation may be others; whole steps of them."""
+    if (start.world, start.accumulation) == (trainer.world_size, trainer.accumulate_grad_batches):
+        return start.batch
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return start.images // data.batch_size * trainer.accumulate_grad_batches
 
-    def __init__(self, folder: Path):
-        super().__init__(folder, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+
+def _seat(trainer: L.Trainer, start: Position, batch: int) -> None:
+    """Put Lightning's loops where a checkpoint stands, before `batch` of an epoch, whatever they made of the state that they loaded."""
+    fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    batches = int(trainer.num_training_batches)
+    for counts, done in (
+        (fit.epoch_progress.total, start.epoch),
+        (fit.epoch_progress.current, start.epoch),
+        (loop.batch_progress.total, start.epoch * batches + batch),
+        (loop.batch_progress.current, batch),
+    ):
+        counts.load_state_dict(dict.fromkeys(("ready", "started", "processed", "completed"), done))
+    loop.batch_progress.is_last_batch = batch == batches
+    loop.val_loop.batch_progress.reset()
+    fit._restarting, loop._restarting, loop.val_loop._restarting = False, bool(batch), False
+    fit._restart_stage = fit_loop.RestartStage.NONE
+    # In an epoch's middle the loop adds one to the steps that its loggers count, unless it stands "on last", where a validation follows.
+    on, at = training_epoch_loop.RestartStage, evaluation_loop.RestartStage
+    loop._restart_stage = on.RESTARTED_ON_LAST if start.validating else on.NONE
+    loop.val_loop._restart_stage = at.RESTARTED_MID_EVALUATION if start.validating else at.NONE
+    loop._batches_that_stepped = start.step - bool(batch)
+
+
+def _batches_of_every_rank(trainer: L.Trainer) -> int:
+    """Of a validation: one rank may have a batch more than another."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return -(-(len(data.parts.val.labels) // trainer.world_size) // data.device_batch)
+
+
+class Finite(Callback):
+    """Watches loss and gradient. Where either is infinite or not a number, the step does not touch the weights: training stops, or goes
+    on without the step.
+
+    policy: "stop", or "skip" for at most in_a_row steps one after the other
+    run: the directory whose nonfinite.jsonl gets a line for each such step, with all of the batch's images
+    lag: steps after which the device is asked; None: 0 on the CPU and where the optimizer cannot leave a step out by itself, otherwise 2,
+        so that the device never waits for the answer
+    """
+
+    def __init__(self, run: Path, *, policy: str = "stop", in_a_row: int = 10, lag: int | None = None):
+        self.run, self.policy, self.in_a_row, self.lag = run, policy, in_a_row, lag
+        self.skipped = self._row = 0
+        self._loss: Tensor | None = None  # of the batches since the last step
+        self._pending: deque[tuple[Tensor, dict[str, Any]]] = deque()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "row": self._row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing of the run that is continued: its file stays where it is."""
+        self.skipped, self._row = state_dict["skipped"], state_dict["row"]
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        assert self._loss is not None
+        loss, self._loss = self._loss, None
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        bad = ~loss.isfinite()
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if not scaled:  # float16's scaler makes infinite gradients on its way to a fitting scale, and leaves those steps out itself
+            bad = bad | ~torch.nn.utils.get_total_norm([p.grad for p in parameters], norm_type=torch.inf).isfinite()
+        bad = bad.float()
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        fused = bool(optimizer.defaults.get("fused"))
+        lag = self.lag if self.lag is not None else 2 if bad.is_cuda and (fused or scaled) else 0
+        if lag and fused and not scaled:
+            optimizer.found_inf = bad  # torch's fused steps do nothing where it is 1
+        here = {
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch,
+            "batch": trainer.fit_loop.batch_idx,
+            "lr": optimizer.param_groups[-1]["lr"],
+            "loss": loss,
+        }
+        self._pending.append((bad, here))
+        if self.settle(trainer, lag) and not lag:
+            for parameter in parameters:
+                parameter.grad = None  # every optimizer leaves out what has no gradient
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.settle(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.settle(trainer)
+
+    def settle(self, trainer: L.Trainer, lag: int = 0) -> bool:
+        """Ask about all steps but the last `lag`; whether the last one asked about was bad."""
+        last = False
+        while len(self._pending) > lag:
+            bad, here = self._pending.popleft()
+            last = bool(bad)
+            self._row = self._row + 1 if last else 0
+            if last:
+                self._fault(trainer, here)
+        return last
+
+    def _fault(self, trainer: L.Trainer, here: dict[str, Any]) -> None:
+        losses: list[float] = [0.0] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(losses, float(here["loss"]))
+        else:
+            losses = [float(here["loss"])]
+        stops = self.policy == "stop" or self._row > self.in_a_row
+        self.skipped += not stops
+        if not trainer.is_global_zero:
+            if stops:
+                raise SystemExit(2)  # the first rank says why
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)] or range(trainer.world_size)
+        batches = range(here["batch"] - here["batch"] % trainer.accumulate_grad_batches, here["batch"] + 1)
+        images = [index for rank in ranks for index in data.train_indices(here["epoch"], batches, rank=rank)]
+        what = f"the loss is {losses[ranks[0]]}" if not math.isfinite(losses[ranks[0]]) else "the gradient is not finite"
+        file = self.run / "nonfinite.jsonl"
+        with file.open("a") as stream:
+            stream.write(json.dumps({**here, "loss": [str(loss) for loss in losses], "images": images}) + "\n")
+        few = ", ".join(map(str, images[:8])) + (", ..." if len(images) > 8 else "")
+        where = f"{what} at step {here['step']} (epoch {here['epoch']}, learning rate {here['lr']:g}) of training images {few}"
+        if self.policy == "stop":
+            cure = "lower optimizer.lr, or set recipe.clip_grad; faults.nonfinite=skip leaves such steps out"
+        else:
+            cure = f"{self._row} steps in a row, faults.nonfinite_in_a_row={self.in_a_row}; lower optimizer.lr, or set recipe.clip_grad"
+        if stops:
+            raise UserError(f"{where} (all in {file}); the checkpoints are from before it; {cure}")
+        print(f"\nskipped: {where} (all in {file})", flush=True)
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    return bool(torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=torch.inf).isfinite())
 
 
 class Throughput(Callback):
@@ -103,6 +393,12 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[float] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs = state_dict["epochs"]
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start, self._images = _now(), 0

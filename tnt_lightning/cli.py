@@ -30,8 +30,13 @@ from tnt_lightning.schema import KINDS
 _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
 
 
-def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
-    """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose."""
+def command(
+    config_name: str = "config", *, before: Callable[[], None] | None = None
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose.
+
+    before: called ahead of Hydra, where the command has a way of its own with a directory that holds a run
+    """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         begun: list[bool] = []  # before the task, other errors than ours are the user's too; in it, they are bugs
@@ -54,7 +59,11 @@ def command(config_name: str = "config") -> Callable[[Callable[[DictConfig], Any
         @functools.wraps(task)
         def main() -> None:
             begun.clear()
-            _refuse_to_write_over_a_run()
+            _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
+            if before is None:
+                _refuse_to_write_over("hydra.run.dir", "config.yaml")
+            else:
+                before()
             if not _with_tracebacks():  # makes Hydra raise its errors instead of printing them
                 os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
             try:
@@ -111,12 +120,11 @@ def _resolve(config: DictConfig, config_name: str) -> None:
         raise UserError(answer(error, config_name=config_name)) from error
 
 
-def _refuse_to_write_over_a_run() -> None:
+def _refuse_to_write_over(key: str, mark: str) -> None:
     """Here, because Hydra writes into the directory before it calls the task; the other ranks find their own run in it."""
     for arg in sys.argv[1:]:
-        key, _, folder = arg.partition("=")
-        mark = {"hydra.run.dir": "config.yaml", "hydra.sweep.dir": "multirun.yaml"}.get(key)
-        if mark and (Path(folder) / mark).exists() and "LOCAL_RANK" not in os.environ:
+        name, _, folder = arg.partition("=")
+        if name == key and (Path(folder) / mark).exists() and "LOCAL_RANK" not in os.environ:
             fail(f"{folder} already holds a {key.split('.')[1]}; choose another {key}, or move it away")
 
 
@@ -172,11 +180,19 @@ def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:
 
 def _known_keys(overrides: list[str], config_name: str) -> list[str]:
     """Every dotted key of the configuration that the other overrides compose, and every group; none where they do not compose either."""
+    config = composed([arg for arg in overrides if not arg.startswith("hydra.run")], config_name)
+    return [] if config is None else list(keys_of(config))
+
+
+def composed(overrides: list[str], config_name: str = "config") -> DictConfig | None:
+    """What overrides compose, with `hydra`; None where they do not."""
     GlobalHydra.instance().clear()
     place = next((sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("--config-dir", "-cd")), None)
     path = [f"hydra.searchpath=[file://{Path(place).resolve()}]"] if place else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            return list(keys_of(hydra.compose(config_name, [*path, *(arg for arg in overrides if not arg.startswith("hydra.run"))])))
+            return hydra.compose(config_name, [*path, *overrides], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
-        return []
+        return None
+    finally:
+        GlobalHydra.instance().clear()

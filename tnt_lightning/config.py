@@ -17,7 +17,7 @@ from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
-SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "grid", "released")
+SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "logger", "grid", "released")
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
 
 
@@ -81,6 +81,8 @@ def _refuse_missing_keys(config: DictConfig) -> None:
         "optimizer": ["opt", "lr", "weight_decay"],
         "recipe": [*map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))],
         "trainer": [*map(str, OmegaConf.load(CONF / "trainer" / "default.yaml"))],
+        "checkpoint": ["every_n_steps"],
+        "faults": ["nonfinite", "nonfinite_in_a_row", "timeout_s"],
         "logger": ["name"],
     }
     for section, keys in needed.items():
@@ -102,6 +104,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
         "recipe.": tuple(map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))),
         "recipe.augmentation.": AUGMENTATIONS,
         "data.augmentation.": AUGMENTATIONS,
+        **{f"{name}.": tuple(map(str, OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), name))) for name in ("checkpoint", "faults")},
         "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
     }
     for section, known in readers.items():
@@ -135,28 +138,51 @@ def refuse_ablation_of_swept_models(ablation: str | None) -> None:
         raise UserError(f"{swept[0]} beside ablation={ablation}: each model has a grid of its own; start a sweep for each")
 
 
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the plan of a run and this one, a line a key. `resume` says how a run was started, not what it is."""
+    old, new = (dict(_flat(config)) for config in (before, now))
+    return [
+        f"{key}={text(new[key]) if key in new else 'nothing'}, was {text(old[key]) if key in old else 'nothing'}"
+        for key in dict.fromkeys([*old, *new])
+        if key != "resume" and old.get(key, _flat) != new.get(key, _flat)
+    ]
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """What must stay for a run to go on: the seed and the data, which set the order and the split, and whether there is an average."""
+    """What must stay for a run to go on: the network; the seed and the data, which set the order and the split; what its state is of."""
     free = ("root", "num_workers", "augmentation", "on_error", "cache", "cache_dir", "cache_gb", "download", "subset")
     plans = []
     for config in (before, now):
         data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
+        model = {f"model.{name}": value for name, value in config["model"].items() if "drop" not in name}
         plans.append(
             {
                 "seed": config["seed"],
                 "optimizer.opt": config["optimizer"]["opt"],
+                **model,
                 **data,
                 "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"]),
             }
         )
     for key, value in plans[1].items():
         if key in plans[0] and plans[0][key] != value:  # an older run may lack what came later
-            raise UserError(f"{key}={value}: the run to continue had {plans[0][key]}; give the same, or start from its weights=")
+            what = "that is another network; " if key.startswith("model.") else ""
+            raise UserError(
+                f"{key}={text(value)}: the run to continue had {text(plans[0][key])}; {what}give the same, or start from its weights="
+            )
 
 
 def text(value: Any) -> str:
     """A value as the command line takes it: null, true, [1,6]."""
-    if isinstance(value, ListConfig):
+    if isinstance(value, (list, ListConfig)):
         return f"[{','.join(map(text, value))}]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 

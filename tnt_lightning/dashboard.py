@@ -17,7 +17,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -25,7 +25,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from tnt_lightning import runs
-from tnt_lightning.callbacks import Throughput
+from tnt_lightning.callbacks import Checkpoints, Throughput
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import Transformed, batch_of
 
@@ -105,7 +105,7 @@ class Dashboard(Logger):
             self.page = _within(2 * CALL_S, wandb.init, mode="offline", **arguments)
         # The parts of a continued run; the last of them may have been moved since.
         folders = [*before.get("folders", [])[:-1], str(continued / "wandb")] if continued and before else []
-        folders.append(str(self.run / "wandb"))
+        folders = list(dict.fromkeys([*folders, str(self.run / "wandb")]))
         known = dict(id=self.page.id, project=self.page.project, entity=self.page.entity or None)
         known |= dict(mode="offline" if self.page.offline else "online", url=self.page.url, folders=folders)
         runs.write(self.run / FILE, json.dumps(known, indent=2) + "\n")
@@ -194,8 +194,7 @@ class Progress(Callback):
         figures = {"images_per_s": self.throughput.images_per_s}
         if self.dashboard.page is not None and "val/top1" in trainer.callback_metrics:
             # best.ckpt is written after this hook, so the figure of this epoch counts too.
-            checkpoints = (callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint))
-            scores = [checkpoint.best_model_score for checkpoint in checkpoints if checkpoint.monitor == "val/top1"]
+            scores = [callback.best_top1 for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoints)]
             figures["best/val/top1"] = max(float(s) for s in (*scores, trainer.callback_metrics["val/top1"]) if s is not None)
         self.dashboard.summarise(figures)
 

@@ -1,32 +1,128 @@
 """A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log, wandb/.
 
-What is stored is tensors and plain data.
+What is stored is tensors and plain data. A run with a result.json is finished; any other goes on from its last checkpoint.
 """
 
+import contextlib
+import errno
 import json
 import os
 import platform
 import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from tnt_lightning.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
 
 
-def start(run: Path, config: dict[str, Any]) -> None:
-    """Claim a directory for a new run; UserError where one lies already."""
-    run.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Have a directory to oneself, and know that it can be written. UserError where another process trains in it, or where it cannot.
+
+    A process that dies, in whatever way, leaves the directory free.
+    """
+    made = not run.exists()
     try:
-        with (run / "config.yaml").open("x") as file:  # of two runs that start here at once, one
-            yaml.safe_dump(config, file, sort_keys=False)
-    except FileExistsError:
-        raise UserError(f"{run} already holds a run; choose another hydra.run.dir, or move it away") from None
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise in_use(run) from None
+    except OSError as error:
+        raise _not_written(run, error) from None
+    try:
+        for folder in (run, run / "checkpoints"):
+            for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
+            try:
+                write(folder / ".probe", "")
+                (folder / ".probe").unlink()
+            except OSError as error:
+                raise _not_written(folder, error) from None
+        yield
+    finally:
+        if not (run / "config.yaml").exists():  # refused: it leaves nothing
+            with contextlib.suppress(OSError):
+                (run / "checkpoints").rmdir()
+                (run / ".lock").unlink()
+                if made:
+                    run.rmdir()
+        lock.release()
+
+
+def in_use(run: Path) -> UserError:
+    return UserError(f"{run} is in use by another process that trains in it; wait for its end, or choose another hydra.run.dir")
+
+
+def busy(run: Path) -> bool:
+    """Whether a process trains in a directory at this moment."""
+    if not (run / ".lock").exists():
+        return False
+    try:
+        with FileLock(run / ".lock", timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
+def _not_written(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another hydra.run.dir")
+
+
+def start(run: Path, config: Mapping[str, Any]) -> None:
+    """Write down what a claimed directory is a run of. The plan that a continued run had until now is kept beside it."""
+    file = run / "config.yaml"
+    text = recorded(config)
+    if file.exists() and not _same(file.read_text(), text):
+        number = len(list(run.glob("config.before*.yaml"))) + 1
+        os.replace(file, run / f"config.before{number}.yaml")
+    write(file, text)
+
+
+def recorded(config: Mapping[str, Any]) -> str:
+    """A resolved configuration as config.yaml holds it."""
+    return yaml.safe_dump(dict(config), sort_keys=False)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two config.yaml are of the same plan: `resume` says how it was started, not what it is."""
+    return _plan(one) == _plan(other)
+
+
+def _plan(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not line.startswith("resume:")]
+
+
+def unfinished(config: Mapping[str, Any], *, beside: Path) -> list[Path]:
+    """The runs of this very configuration that can go on, the newest first: of those that lie beside a run directory, or in the
+    folders of other days where it lies in one of days (outputs/DATE/TIME)."""
+    wanted = _plan(recorded(config))
+    dated = beside.parent.parent.glob("????-??-??/*/config.yaml") if _is_date(beside.parent.name) else ()
+    found = []
+    for file in {*beside.parent.glob("*/config.yaml"), *dated}:
+        run = file.parent
+        with contextlib.suppress(OSError, ValueError):
+            if run != beside and not (run / "result.json").exists() and _plan(file.read_text()) == wanted and not busy(run):
+                found.append((_last_written(run), run))
+    return [run for _, run in sorted(found, reverse=True)]
+
+
+def _is_date(name: str) -> bool:
+    return len(name) == 10 and name[4] == name[7] == "-" and name.replace("-", "").isdigit()
+
+
+def _last_written(run: Path) -> float:
+    last = checkpoint_path(run, "last")
+    return (last if last.exists() else run / "config.yaml").stat().st_mtime
 
 
 def finish(run: Path, result: dict[str, Any]) -> None:
@@ -60,6 +156,19 @@ def checkpoint_path(run: Path, name: str) -> Path:
 
 def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]:
     """(run directory, checkpoint file) of a run directory or of a checkpoint in one."""
+    run, file = place(path)
+    if file is not None:
+        return run, file
+    name = checkpoint or ("best" if result_of(run).get("checkpoint") == "best" else "last")
+    file = checkpoint_path(run, name)
+    if not file.exists():
+        found = sorted(other.stem for other in file.parent.glob("*.ckpt"))
+        raise UserError(f"{run} has no checkpoint {name!r}; it has {', '.join(found) or 'none'}")
+    return run, file
+
+
+def place(path: str | Path) -> tuple[Path, Path | None]:
+    """The run directory that is meant, and the checkpoint where one is named."""
     if "://" in str(path):
         raise UserError(f"{path}: a URL is not loaded from; download the run and give its directory")
     path = Path(path).expanduser().resolve()
@@ -69,12 +178,7 @@ def locate(path: str | Path, checkpoint: str | None = None) -> tuple[Path, Path]
         return path.parent.parent, path
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory")
-    name = checkpoint or ("best" if result_of(path).get("checkpoint") == "best" else "last")
-    file = checkpoint_path(path, name)
-    if not file.exists():
-        found = sorted(other.stem for other in file.parent.glob("*.ckpt"))
-        raise UserError(f"{path} has no checkpoint {name!r}; it has {', '.join(found) or 'none'}")
-    return path, file
+    return path, None
 
 
 def origin() -> dict[str, Any]:
@@ -100,11 +204,38 @@ def _commit() -> str | None:
         return None
 
 
-def write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text)
-    os.replace(beside, file)
+def write(file: Path, content: str | bytes | memoryview) -> None:
+    """Whole or not at all, and on the disk when this returns: beside it, fsync, replace, and fsync of the directory."""
+    beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with beside.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(beside, file)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        # Under its final name, which is the one that says something to a person.
+        raise type(error)(error.errno, error.strerror, str(file)) from None
+    except BaseException:  # a signal that ends the process
+        beside.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def sync(folder: Path) -> None:
+    """What was renamed in a directory, to the disk; where the file system knows of such a thing."""
+    try:
+        number = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows opens no directory
+        return
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(number)
 
 
 def _first_line(error: Exception) -> str:

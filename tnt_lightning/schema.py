@@ -43,6 +43,7 @@ def one_of(*choices: str) -> Kind:
 
 NULL = Kind("null", lambda v: v is None)
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
+NEVER = Kind("false", lambda v: v is False)
 SECTION = Kind("a section of keys", lambda v: isinstance(v, DictConfig))
 TEXT = Kind("text", lambda v: isinstance(v, str) and v != "")
 PROJECT = Kind(  # W&B's own rule
@@ -80,7 +81,7 @@ AUGMENTATIONS = tuple(name.removeprefix("augmentation.") for name in PIXELS if n
 KINDS = {
     "seed": whole(0, 2**32 - 1),
     "weights": TEXT | NULL,
-    "resume": TEXT | NULL,
+    "resume": TEXT | NULL | NEVER,
     "image_size": whole(1) | several(whole(1), 2),
     "optimizer.opt": TEXT,
     "optimizer.lr": number(0),
@@ -130,6 +131,10 @@ KINDS = {
     "trainer.limit_test_batches": number(0),
     "trainer.devices": whole(-1) | TEXT | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
     "trainer.enable_progress_bar": FLAG,
+    "checkpoint.every_n_steps": whole(1) | NULL,
+    "faults.nonfinite": one_of("stop", "skip"),
+    "faults.nonfinite_in_a_row": whole(1),
+    "faults.timeout_s": number(1),
     "logger.name": one_of("wandb", "csv", "none"),
     "logger.mode": one_of("auto", "online", "offline", "disabled"),
     "logger.project": PROJECT,

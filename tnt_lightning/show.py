@@ -9,6 +9,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
+from tnt_lightning.checkpoints import Origin
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import per_channel
 from tnt_lightning.models.weights import Weights
@@ -47,6 +48,37 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weight
         theirs = {name: loaded.preprocessing[name] for name in ("mean", "std")}
         if any(per_channel(name, value, data.in_chans) != getattr(data, name) for name, value in theirs.items()):
             print(f"note   they were trained with other pixels: recipe.mean={theirs['mean']} recipe.std={theirs['std']}")
+
+
+def going_on(trainer: L.Trainer, data: ImageDataModule, origin: Origin | None, differ: list[str], hints: list[Path]) -> None:
+    """What a run goes on from, what is another than before, and what is therefore no longer exact.
+
+    differ: lines about the plan; hints: unfinished runs that could have gone on instead
+    """
+    for run in hints:
+        print(f"note   {run} is an unfinished run of this configuration; hydra.run.dir={run} goes on with it")
+    if origin is None:
+        return
+    for why in origin.bad:
+        print(f"note   {why}; instead of it {origin.file}")
+    print(f"goes on from {origin.file}, {origin.position}")
+    for line in differ:
+        print(f"changed {line}")
+    before = origin.position
+    if (before.world, before.accumulation) != (trainer.world_size, trainer.accumulate_grad_batches):
+        print(
+            f"note   {before.world} device(s) x {before.accumulation} accumulation step(s) before, {trainer.world_size} x "
+            f"{trainer.accumulate_grad_batches} now: the same images in the same steps, but what is drawn on the device (erasing, mixing, "
+            "dropout) is another, and sums are rounded in another order"
+        )
+    if before.num_workers != data.num_workers:
+        print(f"note   {before.num_workers} loader process(es) before, {data.num_workers} now: the same images and pixels, all is exact")
+
+
+def finished(result: dict[str, Any], run: Path) -> None:
+    """Of a run that needs nothing any more."""
+    print(f"{run} is finished; nothing is left to train")
+    closing(result, run)
 
 
 def start_from(loaded: Weights) -> None:

@@ -1,27 +1,80 @@
 """`python -m tnt_lightning.train`: compose -> build -> fit -> test -> result.json."""
 
+import contextlib
+import os
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tnt_lightning.cli import command
-from tnt_lightning.config import check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
-from tnt_lightning.errors import UserError
+from tnt_lightning import signals
+
+signals.hold()  # of a SLURM job whose time is over while it still imports
+from tnt_lightning.cli import command, composed, fail  # noqa: E402
+from tnt_lightning.config import (  # noqa: E402
+    changes,
+    check,
+    refuse_ablation_in_a_single_run,
+    refuse_ablation_of_swept_models,
+    refuse_to_continue,
+)
+from tnt_lightning.errors import UserError  # noqa: E402
+
+if TYPE_CHECKING:
+    from tnt_lightning.checkpoints import Origin
+    from tnt_lightning.signals import Signals
 
 
-@command()
+def find_directory() -> None:
+    """Before Hydra makes or writes into it: of `resume=latest` the run that it names; and of a run that goes on, what was composed for
+    it stays as it is."""
+    if "LOCAL_RANK" in os.environ or {"-m", "--multirun", "--cfg", "-c", "--help", "-h"} & set(sys.argv[1:]):
+        return
+    given = {key: value for key, _, value in (arg.partition("=") for arg in sys.argv[1:])}
+    again = "SLURM_RESTART_COUNT" in os.environ and "hydra.run.dir" not in given and "resume" not in given
+    if given.get("resume") == "latest" or again:
+        from tnt_lightning import runs
+
+        config = composed([arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("resume=")])
+        if config is None:  # Hydra says what is wrong with it
+            return
+        place = given.get("hydra.run.dir") or config.hydra.run.dir
+        found = runs.unfinished(_plain(config), beside=Path(place))
+        sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "resume=latest"]
+        if not found:
+            print("no unfinished run of this configuration: a new one")
+        else:
+            sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("hydra.run.dir=")]
+            given["hydra.run.dir"] = str(found[0])
+            sys.argv.append(f"hydra.run.dir='{found[0]}'")
+    if "hydra.run.dir" in given and (Path(given["hydra.run.dir"]) / "config.yaml").exists():
+        from tnt_lightning import runs
+
+        if runs.busy(Path(given["hydra.run.dir"])):
+            fail(str(runs.in_use(Path(given["hydra.run.dir"]))))
+        sys.argv.append("hydra.output_subdir=null")
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    for key in ("grid", "released", "hydra"):  # facts about the model, not choices of this run
+        plain.pop(key, None)
+    return plain
+
+
+@command(before=find_directory)
 def main(config: DictConfig) -> float | None:
     """Trains; gives the validation top-1 (percent), which Hydra's sweepers read."""
     hydra = HydraConfig.get()
     check(config, hydra.runtime.choices["model"])
-    plain: Any = OmegaConf.to_container(config)
-    for key in ("grid", "released"):  # facts about the model, not choices of this run
-        plain.pop(key, None)
+    plain = _plain(config)
     if hydra.mode == RunMode.MULTIRUN:
+        if plain["resume"] == "latest":
+            raise UserError("resume=latest: each job of a sweep is a run of its own; go on with one by hydra.run.dir=SWEEP/JOB")
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
             plain["trainer"]["devices"] = 1
@@ -39,20 +92,47 @@ def main(config: DictConfig) -> float | None:
 
 
 def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
-    """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
+    """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent.
+
+    Where an unfinished run of that plan lies there, it goes on; of a finished one the result is given. SystemExit where a signal ends it.
+    """
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from tnt_lightning import runs, show
+    from tnt_lightning.signals import Signals
+
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    show.quiet()
+    with Signals(first=first) as signals, runs.claimed(run) if first else contextlib.nullcontext():
+        if first and (run / "config.yaml").exists():
+            if config["resume"] is False:
+                raise UserError(f"{run} already holds a run; choose another hydra.run.dir, or go on with it: without resume=false")
+            differ = changes(runs.config_of(run), config)
+            if result := runs.result_of(run):
+                if differ:
+                    raise UserError(f"{run} holds a finished run of another configuration ({_few(differ)}); choose another hydra.run.dir")
+                show.finished(result, run)
+                return result
+            refuse_to_continue(runs.config_of(run), config)
+        else:
+            differ = []
+        return _train(config, run, signals, differ)
+
+
+def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str]) -> dict[str, Any]:
     import lightning as L
 
     from tnt_lightning import runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
-    from tnt_lightning.callbacks import EMA, Best, Last, Throughput
+    from tnt_lightning.callbacks import EMA, Checkpoints, Finite, Throughput
+    from tnt_lightning.curves import Curves
     from tnt_lightning.dashboard import Dashboard, Progress
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
     from tnt_lightning.models.weights import load_weights
 
     began = time.perf_counter()
-    recipe = config["recipe"]
-    show.quiet()
+    recipe, faults = config["recipe"], config["faults"]
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
     classifier = build_classifier(config)
@@ -63,41 +143,51 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         "parameters_as_in_the_paper": parameters.paper,
         "flops": cost.flops(classifier.backbone, data.input_size),
     }
-    loaded = continued = resume = None
-    if config["resume"]:
-        continued, resume = runs.locate(config["resume"], "last")
-        done = load_weights(classifier.backbone, resume, exact=True).epochs or 0
-        if done >= config["trainer"]["max_epochs"]:
-            raise UserError(f"resume={config['resume']}: trained for {done} epochs already; raise recipe.epochs to go on")
-        refuse_to_continue(runs.config_of(continued), config)
-        if Best.chosen_in(resume) and not (resume.parent / "best.ckpt").exists():
-            raise UserError(f"resume={config['resume']}: best.ckpt is missing beside last.ckpt; weights= starts a new run from the last")
+    loaded = None
+    origin = _origin(config, run)
+    if origin is not None:
+        load_weights(classifier.backbone, origin.file, exact=True)
     elif config["weights"]:  # a continued run has its own
         loaded = load_weights(classifier.backbone, config["weights"])
 
     data.setup()
     data.skipped = run / "skipped.jsonl"
     assert data.parts is not None
-    folder, throughput, dashboard, logger = run / "checkpoints", Throughput(), Dashboard(run), config["logger"]
-    callbacks: list[L.Callback] = [throughput]
+    curves, throughput, dashboard, logger = Curves(run / "metrics.csv"), Throughput(), Dashboard(run), config["logger"]
+    finite = Finite(run, policy=faults["nonfinite"], in_a_row=faults["nonfinite_in_a_row"])
+    callbacks: list[L.Callback] = [throughput, finite]
     if logger["name"] == "wandb":  # before EMA: example predictions are the average's
         callbacks.append(Progress(dashboard, throughput, every=logger["images_every"], count=logger["num_images"]))
     if recipe["ema_decay"]:
         callbacks.append(EMA(decay=recipe["ema_decay"]))
-    if data.parts.val is not None:
-        callbacks.append(Best(folder, continued=resume.parent if resume else None))
-    callbacks.append(Last(folder))  # after Best, whose state it holds
-    trainer = build_trainer(config, run=run, callbacks=callbacks, dashboard=dashboard)
+    checkpoints = Checkpoints(
+        run / "checkpoints",
+        every_n_steps=config["checkpoint"]["every_n_steps"],
+        signals=signals,
+        curves=curves,
+        came_from=origin.file if origin else None,
+        timeout_s=faults["timeout_s"],
+    )
+    callbacks.append(checkpoints)
+    trainer = build_trainer(config, callbacks=callbacks, curves=curves, dashboard=dashboard)
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
     if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
         raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
     with dashboard:
         if trainer.is_global_zero:
+            hints = runs.unfinished(config, beside=run)[:1] if config["resume"] is None and origin is None else []
             runs.start(run, config)
             show.opening(trainer, data, run, loaded)
-            dashboard.start(config, continued=continued, figures=size)
-        trainer.fit(classifier, datamodule=data, ckpt_path=resume, weights_only=True)
+            show.going_on(trainer, data, origin, differ, hints)
+            if origin is not None:
+                curves.go_on_from(origin.run / "metrics.csv", origin.position.rows if logger["name"] != "none" else 0)
+            dashboard.start(config, continued=origin.run if origin else None, figures=size)
+        trainer.fit(classifier, datamodule=data, ckpt_path=origin.file if origin else None, weights_only=True)
+        signals.phase = "after"
+        if signals.came is not None:  # after the last step
+            signals.hand_back()
+            raise SystemExit(128 + signals.came)
 
         trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json and the dashboard's summary
 
@@ -106,7 +196,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
             return evaluate(trainer, classifier, data)
 
         # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
-        chosen = runs.checkpoint_path(run, "best").exists()
+        chosen = checkpoints.best_step is not None
         choose = chosen and data.parts.test is not None
         result: dict[str, Any] = {"checkpoint": "best" if choose else "last"}
         result |= figures(result["checkpoint"])
@@ -116,12 +206,13 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
             **size,
             "images_per_s": throughput.images_per_s,
             **({"skipped_images": data.skipped_images} if data.on_error == "skip" else {}),
+            **({"skipped_steps": finite.skipped} if finite.policy == "skip" else {}),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "devices": trainer.world_size,
             "precision": trainer.precision,
             "seed": config["seed"],
-            "wall_s": time.perf_counter() - began,
+            "wall_s": checkpoints.start.seconds + time.perf_counter() - began,
             **runs.origin(),
         }
         if trainer.is_global_zero:
@@ -129,6 +220,36 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
             dashboard.summarise(result)
             show.closing(result, run)
     return result
+
+
+def _origin(config: dict[str, Any], run: Path) -> "Origin | None":
+    """What training goes on from: the run that lies in its directory, or the one that `resume` names; None for a new one.
+
+    The same on every rank: the first one has written no checkpoint yet when the others look.
+    """
+    from tnt_lightning import runs
+    from tnt_lightning.checkpoints import Origin, Position, newest, read
+
+    resume, epochs = config["resume"], config["trainer"]["max_epochs"]
+    source, found = run, newest(run) if resume is not False else None
+    if found is None and isinstance(resume, str) and resume != "latest":
+        source, file = runs.place(resume)
+        found = (file, Position.of(read(file)), []) if file is not None else newest(source)
+        if found is None:
+            raise UserError(f"resume={resume}: it was cut off before its first checkpoint; start anew, without resume=")
+        if found[1].epoch >= epochs:
+            raise UserError(f"resume={resume}: trained for {found[1].epoch} epochs already; raise recipe.epochs to go on")
+        refuse_to_continue(runs.config_of(source), config)
+    if found is None:
+        return None
+    file, position, bad = found
+    if position.epoch + bool(position.batch) > epochs:
+        raise UserError(f"recipe.epochs={epochs}: {file} is of epoch {position.epoch + bool(position.batch)} already; raise recipe.epochs")
+    return Origin(source, file, position, bad)
+
+
+def _few(lines: list[str]) -> str:
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from tnt_lightning import signals
 from tnt_lightning.data.archives import Archive, fetch
 from tnt_lightning.data.images import BrokenImage, decoded
 from tnt_lightning.data.splits import Held, Joined, Labelled, Splits, carve
@@ -119,7 +120,8 @@ class ImageDataModule(L.LightningDataModule):
     cache: hold all images decoded in memory
 
     A subclass says in `classes` how many it has, in `page` where to get it, in `official` how many images its parts have, and in
-    `archives` what can be downloaded. `notes` are lines for the user.
+    `archives` what can be downloaded. `notes` are lines for the user. `begin` is the epoch, and in
+    it the batch, at which the next `train_dataloader` starts.
 
     UserError for a missing root, other counts than the official ones, a batch that does not divide, or classes that are not as told.
     """
@@ -183,6 +185,7 @@ class ImageDataModule(L.LightningDataModule):
         self._held: dict[int, Held] = {}
         self.notes: list[str] = []
         self.parts: Splits | None = None
+        self.begin = (0, 0)
 
     @property
     def archives(self) -> tuple[Archive, ...]:
@@ -296,22 +299,34 @@ class ImageDataModule(L.LightningDataModule):
             )
         return self.batch_size // ways
 
-    def train_dataloader(self, first_batch: int = 0) -> DataLoader:
-        """first_batch: where in the epoch to begin, the first time that it is gone through."""
+    def train_dataloader(self) -> DataLoader:
+        """It starts at `begin`, the first time that it is gone through."""
         assert self.parts is not None
         if self.mixes and self.device_batch % 2:
             raise UserError(
                 f"data.batch_size={self.batch_size} leaves {self.device_batch} images a device; mixup and cutmix pair them: an even number"
             )
         size = len(self.parts.train.labels)
-        total = size // self.batch_size * self.batch_size
-        if not total:
+        if size < self.batch_size:
             raise UserError(f"data.batch_size={self.batch_size} is larger than the training set of {size} images; lower it")
-        order = self._train_order(
-            size, total=total, repeats=self.repeats, rank=self.rank, world=self.world, seed=self.seed, start=first_batch * self.device_batch
-        )
+        (epoch, batch), self.begin = self.begin, (0, 0)
+        order = self._order(self.rank, start=batch * self.device_batch)
+        order.set_epoch(epoch)  # Lightning sets it when workers have drawn from it already
         skipped = None if self.on_error == "stop" else str(self.skipped or "")
         return self._loader(Transformed(self._images(self.parts.train), self.train_transform, self.mode, skipped), order)
+
+    def train_indices(self, epoch: int, batches: Iterable[int], *, rank: int) -> list[int]:
+        """Which training images a rank gets in some batches of an epoch."""
+        order = self._order(rank)
+        order.set_epoch(epoch)
+        mine = [index for index, _ in order]
+        return [index for batch in batches for index in mine[batch * self.device_batch : (batch + 1) * self.device_batch]]
+
+    def _order(self, rank: int, start: int = 0) -> TrainOrder:
+        assert self.parts is not None
+        size = len(self.parts.train.labels)
+        total = size // self.batch_size * self.batch_size
+        return self._train_order(size, total=total, repeats=self.repeats, rank=rank, world=self.world, seed=self.seed, start=start)
 
     def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
         return TrainOrder(size, **arguments)
@@ -357,6 +372,7 @@ class ImageDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=signals.in_a_worker,
         )
 
     def _check_shared_memory(self) -> None:
@@ -374,7 +390,8 @@ class ImageDataModule(L.LightningDataModule):
         if self.trainer and self.trainer.training:
             training = True
             # What follows in this step (erasing, mixing, dropout) is drawn from here: the same after a restart, another on each rank.
-            step = self.trainer.fit_loop.total_batch_idx + 1
+            loop = self.trainer.fit_loop
+            step = self.trainer.current_epoch * int(self.trainer.num_training_batches) + loop.batch_idx + 1
             seed = int(np.random.SeedSequence((self.seed, step, self.rank)).generate_state(1)[0])
             _seed_all(seed)
             if batch[0].is_cuda:

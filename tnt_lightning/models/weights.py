@@ -55,7 +55,6 @@ class Weights(NamedTuple):
     name: where from; changes: what was adapted to the model, a line each; new_head: the classes differ, so the model kept its own head
     preprocessing: the mean, std, crop_pct and interpolation that they go with
     published: (top-1 on ImageNet-1k in percent, of which model) where this network's weights are published, None for our own runs
-    epochs: how many they were trained; of our own runs
     """
 
     name: str
@@ -63,7 +62,6 @@ class Weights(NamedTuple):
     new_head: bool
     preprocessing: dict[str, Any]
     published: tuple[float, str] | None
-    epochs: int | None
 
 
 def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -> Weights:
@@ -93,7 +91,7 @@ def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -
         raise UserError(f"{found.name}: weights of another network ({'; '.join(changes + head)})")
     _refuse_another_network(found.name, state, model.state_dict())
     model.load_state_dict(state)
-    return Weights(found.name, changes + head, bool(head), found.preprocessing, found.published, found.epochs)
+    return Weights(found.name, changes + head, bool(head), found.preprocessing, found.published)
 
 
 def load_run(path: str | Path, checkpoint: str | None = None) -> nn.Module:
@@ -119,7 +117,6 @@ class _Found(NamedTuple):
     knobs: dict[str, Any]
     preprocessing: dict[str, Any]
     published: tuple[float, str] | None = None
-    epochs: int | None = None
 
 
 def _read(model: nn.Module, source: str) -> _Found:
@@ -146,7 +143,7 @@ def _read(model: nn.Module, source: str) -> _Found:
         if not state or not isinstance(content.get("epoch"), int):
             raise UserError(f"{file}: a Lightning checkpoint, but not of tnt_lightning")
         config = runs.config_of(file.parent.parent)  # without it nobody knows the network and the pixels: it is an error then
-        return _Found(str(file), _sound(file, state), config["model"], _preprocessing(config["data"]), epochs=content["epoch"] + 1)
+        return _Found(str(file), _sound(file, state), config["model"], _preprocessing(config["data"]))
     twin = _twin(model)
     name = f"{file} ({wrapper})" if wrapper in ("state_dict_ema", "model_ema") else str(file)
     published = (_card(twin)["top1"], twin) if twin else None

@@ -1,0 +1,101 @@
+"""What a training process does with signals: it notes them, and training stops between two steps, with a checkpoint.
+
+SIGTERM and SIGINT end the run; SIGUSR1, which SLURM sends ahead of a job's time limit (--signal=USR1@120), hands the job back to SLURM
+too. A second signal ends the process at once.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
+WORKER_S = 30  # how long a loader's worker outlives a SIGTERM that was sent to every process of a job
+
+
+class Signals:
+    """The signal that came. Training looks at it between two steps; before it and after it SIGTERM and SIGINT end the process at once.
+
+    phase: "before" training, in "training", or "after" it
+    first: whether this is the process that hands a job back to SLURM, once for all of them
+    """
+
+    def __init__(self, *, first: bool = True) -> None:
+        self.came: int | None = None
+        self.phase = "before"
+        self.first = first
+        self._ending = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._note)
+            release()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        ends = number in (signal.SIGTERM, signal.SIGINT)
+        if ends and self._ending:
+            os._exit(128 + number)
+        self._ending |= ends
+        self.came = self.came or number
+        if self.phase == "after":  # all is saved that training gave
+            self.hand_back()
+        if self.phase == "after" or (ends and self.phase == "before"):
+            raise SystemExit(128 + number)
+
+    def hand_back(self) -> None:
+        """After SIGUSR1, under SLURM: ask for the job to be started again."""
+        if self.first and self.came not in (None, signal.SIGTERM, signal.SIGINT) and (job := slurm_job()):
+            print(requeue(job), flush=True)
+
+
+def hold() -> None:
+    """In a SLURM job, keep SIGUSR1 waiting, which would kill a process that is still importing; `release` delivers it."""
+    if "SLURM_JOB_ID" in os.environ and hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def release() -> None:
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def in_a_worker(_: int) -> None:
+    """Of a loader's worker process, which inherits the handlers: the process that trains decides, and its workers serve it until then."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        # The loader itself ends a worker that does not come to an end by this signal.
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_S))
+
+
+def name(number: int) -> str:
+    return signal.Signals(number).name
+
+
+def slurm_job() -> str | None:
+    """The job that SLURM can start again, as scontrol names it; None outside of one, and in an interactive one."""
+    if "SLURM_JOB_ID" not in os.environ or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ.get('SLURM_ARRAY_TASK_ID')}" if array else os.environ["SLURM_JOB_ID"]
+    return job if re.fullmatch(r"[0-9_]+", job) else None
+
+
+def requeue(job: str) -> str:
+    """Ask SLURM to start a job again; gives a line that says how that went."""
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        why = done.stderr.strip() or f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"job {job} not handed back: scontrol requeue {job}: {error}"
+    return f"job {job} handed back to SLURM" if done.returncode == 0 else f"job {job} not handed back: {why}"
