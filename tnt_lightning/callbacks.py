@@ -134,6 +134,10 @@ class Checkpoints(Checkpoint):
         elif speaks and found != ours:
             copy(found, ours)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Lightning's handlers talk to the other ranks from within a signal, and let a SIGTERM end in exit code 0, without a checkpoint.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._agreed = Agreement(trainer.world_size, self.timeout_s)
         # Lightning's asks the device on every step, and hears the first rank alone.

@@ -24,7 +24,7 @@ class Curves(Logger):
     def go_on_from(self, file: Path, rows: int) -> None:
         """Begin with the first rows of another run's metrics.csv, or of this one's own."""
         kept = _read(file)[:rows]
-        if len(kept) < rows:  # lost, or logged by no csv until now
+        if len(kept) < rows:
             print(f"note   {file} holds {len(kept)} of the {rows} rows that were logged until this checkpoint")
         self.rows = rows
         self._write(kept)

@@ -23,6 +23,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*Experiment logs directory .* exists and is not empty.*",  # the run directory, claimed a moment ago
         ".*Total length of `list` across ranks is zero.*",  # no validation part, as asked
+        ".*resuming from a checkpoint that ended before the epoch ended.*",  # where the loader begins is our own doing
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 under a newer torch
     ):
         warnings.filterwarnings("ignore", advice)

@@ -180,8 +180,8 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
             runs.start(run, config)
             show.opening(trainer, data, run, loaded)
             show.going_on(trainer, data, origin, differ, hints)
-            if origin is not None:
-                curves.go_on_from(origin.run / "metrics.csv", origin.position.rows if logger["name"] != "none" else 0)
+            source = origin.run if origin else run  # without a checkpoint, a run starts over
+            curves.go_on_from(source / "metrics.csv", origin.position.rows if origin else 0)
             dashboard.start(config, continued=origin.run if origin else None, figures=size)
         trainer.fit(classifier, datamodule=data, ckpt_path=origin.file if origin else None, weights_only=True)
         signals.phase = "after"
