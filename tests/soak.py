@@ -15,7 +15,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 SHORT = (
     "logger=csv", "recipe.epochs=3", "recipe.warmup_epochs=1", "+trainer.limit_train_batches=8", "trainer.enable_progress_bar=false",
@@ -33,11 +33,13 @@ PLANS: dict[str, Sequence[str]] = {
 
 
 def begin(run: Path, arguments: Sequence[str]) -> int:
-    """The process number of `python -m tnt_lightning.train ARGUMENTS hydra.run.dir=RUN`, forked, which notes in RUN.seen what it saw."""
+    """The number of a forked process that does what `work` does."""
     sys.stdout.flush()
-    number = os.fork()
-    if number:
-        return number
+    return os.fork() or work(run, arguments)
+
+
+def work(run: Path, arguments: Sequence[str]) -> NoReturn:
+    """What `python -m tnt_lightning.train ARGUMENTS hydra.run.dir=RUN` does, with RUN.seen, RUN.steps and RUN.validating for what it saw."""
     code = 1
     try:
         os.setsid()
@@ -46,7 +48,7 @@ def begin(run: Path, arguments: Sequence[str]) -> int:
         os.dup2(out, 2)
         from tnt_lightning.train import main
 
-        witness(run.with_suffix(".seen"), run.with_suffix(".steps"))
+        witness(run)
         sys.argv = ["train.py", *arguments, f"hydra.run.dir={run}"]
         main()
         code = 0
@@ -62,8 +64,9 @@ def begin(run: Path, arguments: Sequence[str]) -> int:
         os._exit(code)
 
 
-def witness(seen: Path, steps: Path) -> None:
+def witness(run: Path) -> None:
     """Note each training image that is asked for (its index, its seed, its pixels), and each batch as it reaches the network."""
+    seen, steps, validating = (run.with_suffix(kind) for kind in (".seen", ".steps", ".validating"))
     from tnt_lightning.data.module import ImageDataModule, Transformed
 
     read, transfer = Transformed.__getitem__, ImageDataModule.on_after_batch_transfer
@@ -81,6 +84,9 @@ def witness(seen: Path, steps: Path) -> None:
             place = f"{self.trainer.current_epoch} {self.trainer.fit_loop.batch_idx + 1} {self.trainer.global_rank}"
             with steps.open("a") as file:
                 file.write(f"{place} {zlib.crc32(images.contiguous().numpy().tobytes() + labels.contiguous().numpy().tobytes())}\n")
+        if self.trainer and self.trainer.validating:
+            with validating.open("a") as file:
+                file.write("batch\n")
         return images, labels
 
     Transformed.__getitem__ = noted  # type: ignore[method-assign]

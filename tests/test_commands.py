@@ -111,12 +111,15 @@ def test_weights_of_another_network_are_listed(tmp_path, finished):
 
 
 def test_a_directory_with_a_run_is_not_written_over(finished, tmp_path):
-    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()}
-    done = command("train", *QUICK, f"hydra.run.dir={finished}", cwd=finished.parent)
-    assert done.returncode == 2 and "already holds a run" in done.stderr
-    assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file()} == before
-    with pytest.raises(UserError, match="already holds a run"):
-        train(finished)
+    before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file() and file.name != "train.log"}
+    for overrides, code, words in (
+        ((), 0, "is finished; nothing is left to train"),
+        (("seed=1", "inner_heads=3"), 2, "holds a finished run of another configuration (inner_heads=3, was 2; seed=1, was 0; "),
+        (("resume=false",), 2, "already holds a run; choose another hydra.run.dir"),
+    ):
+        done = command("train", *QUICK, *overrides, f"hydra.run.dir={finished}", cwd=finished.parent)
+        assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
+        assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file() and file.name != "train.log"} == before
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     (sweep / "multirun.yaml").touch()

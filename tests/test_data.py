@@ -245,8 +245,8 @@ RECIPE = dict(crop_scale=[0.08, 1.0], hflip=0.5, rand_augment="rand-m9-mstd0.5-i
 
 
 def epoch_of(data, epoch=1, first_batch=0):
-    loader = data.train_dataloader(first_batch)
-    loader.sampler.set_epoch(epoch)
+    data.begin = epoch, first_batch
+    loader = data.train_dataloader()
     return loader, list(loader)
 
 
@@ -313,7 +313,9 @@ def test_each_rank_and_each_step_mixes_differently(imagenet):
     data, batch = tiny(imagenet, augmentation=dict(mixup=0.8)), (torch.randint(0, 256, (4, 3, 32, 32)), torch.tensor([0, 0, 1, 1]))
 
     def mixed(rank, step):
-        data.trainer = SimpleNamespace(global_rank=rank, training=True, fit_loop=SimpleNamespace(total_batch_idx=step))
+        data.trainer = SimpleNamespace(
+            global_rank=rank, training=True, current_epoch=2, num_training_batches=5, fit_loop=SimpleNamespace(batch_idx=step)
+        )
         return data.on_after_batch_transfer(batch, 0)[1]
 
     assert torch.equal(mixed(0, 5), mixed(0, 5))

@@ -99,8 +99,8 @@ def stream(root, *, trainer=None, **arguments) -> ImageNetStream:
 
 
 def epoch(data, number=0, first_batch=0):
-    loader = data.train_dataloader(first_batch)
-    loader.sampler.set_epoch(number)
+    data.begin = number, first_batch
+    loader = data.train_dataloader()
     return [(images, labels) for images, labels in loader]
 
 
@@ -501,8 +501,8 @@ def test_workers_change_no_pixel_and_an_epoch_can_begin_in_its_middle(whole, rep
             assert equal(list(loader), alone[number])
     for workers in (0, 2):
         data = stream(whole, augmentation=augmentation, num_workers=workers)
-        loader = data.train_dataloader(first_batch=3)
-        loader.sampler.set_epoch(1)
+        data.begin = 1, 3
+        loader = data.train_dataloader()
         assert equal(list(loader), alone[1][3:])
         loader.sampler.set_epoch(0)
         assert equal(list(loader), alone[0]), "the next epoch is a whole one"

@@ -1,5 +1,9 @@
 """`python -m tnt_lightning.train`: compose -> build -> fit -> test -> result.json."""
 
+from tnt_lightning import signals
+
+signals.hold()  # first of all: of a SLURM job whose time is over while it still imports
+
 import contextlib
 import os
 import sys
@@ -11,18 +15,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tnt_lightning import signals
-
-signals.hold()  # of a SLURM job whose time is over while it still imports
-from tnt_lightning.cli import command, composed, fail  # noqa: E402
-from tnt_lightning.config import (  # noqa: E402
-    changes,
-    check,
-    refuse_ablation_in_a_single_run,
-    refuse_ablation_of_swept_models,
-    refuse_to_continue,
-)
-from tnt_lightning.errors import UserError  # noqa: E402
+from tnt_lightning.cli import command, composed, fail
+from tnt_lightning.config import changes, check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
+from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
     from tnt_lightning.checkpoints import Origin

@@ -1,0 +1,297 @@
+"""Nothing is lost: a run that was cut off in whatever way goes on to the same bits, and what cannot go on says so."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnt_lightning import load_run, runs
+from tnt_lightning.checkpoints import WholeFiles, read
+from tnt_lightning.errors import UserError
+
+from . import soak
+from .conftest import command, train
+from .test_training import same, weights
+
+SHORT = (*soak.SHORT, "checkpoint.every_n_steps=2")
+LONG = (*SHORT, "recipe.epochs=200")
+
+
+class Started:
+    """A real process that trains, forked from one that has imported everything."""
+
+    def __init__(self, run: Path, *arguments: str):
+        self.run = run
+        self.process = FORKS.Process(target=soak.work, args=(run, arguments))
+        self.process.start()
+
+    def after(self, batches: int, kind: str = ".steps") -> "Started":
+        """Once so many batches have reached the network."""
+        goal = time.monotonic() + 100
+        while len(soak.lines(self.run.with_suffix(kind))) < batches:
+            assert self.process.is_alive() and time.monotonic() < goal, self.said
+            time.sleep(0.01)
+        return self
+
+    def send(self, number: int) -> "Started":
+        os.kill(self.process.pid, number)
+        return self
+
+    def ended(self, timeout_s: float = 100) -> int:
+        self.process.join(timeout_s)
+        assert not self.process.is_alive(), self.said
+        return self.process.exitcode
+
+    @property
+    def said(self) -> str:
+        return "\n".join(soak.lines(self.run.with_suffix(".out")))
+
+
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # read by the process that forks: it must have one thread
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tnt_lightning.train", "tnt_lightning.evaluate", "tnt_lightning.dashboard", "tests.soak"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A run that nobody cut off."""
+    run = tmp_path_factory.mktemp("whole") / "whole"
+    assert Started(run, *SHORT).ended() == 0
+    return run
+
+
+@pytest.fixture
+def cut(tmp_path, whole) -> Path:
+    """A run of the same plan, killed in the middle of its second epoch."""
+    run = tmp_path / "cut"
+    assert Started(run, *SHORT).after(13).send(signal.SIGKILL).ended() == -signal.SIGKILL
+    return run
+
+
+def went_on(run: Path, *overrides: str) -> Started:
+    again = Started(run, *SHORT, *overrides)
+    assert again.ended() == 0, again.said
+    return again
+
+
+# ---- a process that dies
+
+
+def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_to_the_same_bits(cut, whole):
+    assert "goes on from" in went_on(cut).said and re.search(r"step (10|12) \(1 epochs and [24] batches done\)", went_on_line(cut))
+    assert soak.differences(whole, cut) == []
+
+
+def went_on_line(run: Path) -> str:
+    return next(line for line in soak.lines(run.with_suffix(".out")) if line.startswith("goes on from"))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_by_every_plan(tmp_path):
+    """Workers, repeated augmentation, accumulation, mixup, validation in the middle of epochs, without an average."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.soak", "10", "--folder", str(tmp_path)], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0 and ", 0 runs that ended otherwise" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_over(tmp_path, whole):
+    run = tmp_path / "cut"
+    Started(run, *SHORT, "checkpoint.every_n_steps=null").after(3).send(signal.SIGKILL).ended()
+    assert (run / "config.yaml").exists() and not list((run / "checkpoints").glob("*.ckpt"))
+    went_on(run)
+    assert soak.differences(whole, run) == []
+
+
+def test_a_run_that_is_cut_off_after_its_last_step_is_only_tested(cut, whole):
+    for name in ("last", "previous", "best"):
+        shutil.copy(runs.checkpoint_path(whole, name), runs.checkpoint_path(cut, name))
+    shutil.copy(whole / "metrics.csv", cut / "metrics.csv")
+    steps = len(soak.lines(cut.with_suffix(".steps")))
+    went_on(cut)
+    assert len(soak.lines(cut.with_suffix(".steps"))) == steps
+    a, b = (json.loads((run / "result.json").read_text()) for run in (whole, cut))
+    assert {k: v for k, v in a.items() if k != "wall_s"} == {k: v for k, v in b.items() if k != "wall_s"}
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_last_checkpoint(tmp_path):
+    """TMPDIR lies on another file system, over which Lightning's own saving copies onto the final name."""
+    elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
+    draw, file = random.Random(0), tmp_path / "last.ckpt"
+    seen = set()
+    for _ in range(25):
+        process = FORKS.Process(target=_save_for_ever, args=(file, str(elsewhere)))
+        process.start()
+        while not file.exists():
+            time.sleep(0.005)
+        time.sleep(0.05 + draw.random() * 0.3)
+        process.kill()
+        process.join()
+        content = read(file)
+        assert bool((content["state_dict"]["w"] == content["number"]).all())
+        seen.add(content["number"])
+        if file.with_stem("previous").exists():
+            read(file.with_stem("previous"))
+    assert len(seen) > 5
+
+
+def _save_for_ever(file: Path, elsewhere: str) -> None:
+    os.environ["TMPDIR"] = elsewhere
+    number = random.randrange(1000)
+    while True:
+        number += 1
+        WholeFiles().save_checkpoint({"state_dict": {"w": torch.full((500_000,), float(number))}, "number": number}, file)
+
+
+# ---- files that are damaged
+
+
+DAMAGES = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "flipped": lambda content: content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 4]) + content[len(content) // 2 + 1 :],
+    "no checkpoint": lambda content: b"hello" * 100,
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_instead_of_a_damaged_checkpoint_the_newest_good_one_is_taken(cut, whole, how):
+    last = runs.checkpoint_path(cut, "last")
+    last.write_bytes(DAMAGES[how](last.read_bytes()))
+    said = went_on(cut).said
+    line = next(line for line in said.splitlines() if "damaged" in line)
+    assert line.startswith(f"note   {last}: damaged") and line.endswith(f"instead of it {runs.checkpoint_path(cut, 'previous')}")
+    assert soak.differences(whole, cut) == []
+
+
+def test_where_no_checkpoint_is_whole_all_are_listed(cut, tmp_path):
+    files = sorted((cut / "checkpoints").iterdir())
+    assert {file.stem for file in files} == {"last", "previous", "best"}
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
+    again = Started(cut, *SHORT)
+    assert again.ended() == 2
+    line = again.said.splitlines()[-1]
+    assert line.startswith(f"error: {cut}: no checkpoint is whole: ") and all(f"{file}: damaged" in line for file in files)
+    assert "Traceback" not in again.said
+
+
+def test_a_best_checkpoint_that_is_gone_is_chosen_anew(cut):
+    runs.checkpoint_path(cut, "best").unlink()
+    said = went_on(cut).said
+    assert f"note   {runs.checkpoint_path(cut, 'best')} is not the one of step 8" in said
+    assert runs.checkpoint_path(cut, "best").exists() and runs.result_of(cut)["checkpoint"] == "best"
+
+
+# ---- which run goes on
+
+
+def test_a_plain_start_is_a_new_run_and_says_how_to_go_on_with_an_old_one(cut, capsys):
+    train(cut.parent / "new", *SHORT)
+    said = capsys.readouterr().out
+    assert f"note   {cut} is an unfinished run of this configuration; hydra.run.dir={cut} goes on with it" in said
+    train(cut.parent / "other", *SHORT, "seed=1")
+    assert "unfinished" not in capsys.readouterr().out
+
+
+def test_latest_is_the_newest_unfinished_run_of_the_configuration(cut, whole, tmp_path):
+    days = tmp_path / "outputs"
+    for day, name in (("2026-01-01", "10-00-00"), ("2026-01-02", "09-00-00")):
+        shutil.copytree(cut, days / day / name)
+    newer = days / "2026-01-02" / "09-00-00"
+    os.utime(runs.checkpoint_path(newer, "last"))
+    shutil.copytree(whole, days / "2026-01-03" / "08-00-00")  # finished
+    overrides = [override for override in SHORT if not override.startswith("resume")]
+    done = command("train", *overrides, "resume=latest", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert runs.result_of(newer) and not runs.result_of(days / "2026-01-01" / "10-00-00")
+    assert same(weights(newer), weights(whole)) and len(list(days.glob("*/*"))) == 3
+    new = command("train", *overrides, "seed=3", "resume=latest", "recipe.epochs=2", cwd=tmp_path)
+    assert new.returncode == 0 and "no unfinished run of this configuration: a new one" in new.stdout and len(list(days.glob("*/*"))) == 4
+
+
+def test_a_changed_plan_is_named_key_by_key_and_another_network_refused(cut):
+    again = went_on(cut, "recipe.min_lr=0", "data.num_workers=1")
+    for line in (
+        "changed recipe.min_lr=0, was 1e-05",
+        "changed data.num_workers=1, was 0",
+        "note   0 loader process(es) before, 1 now: the same images and pixels, all is exact",
+    ):
+        assert line in again.said.splitlines()
+    assert runs.config_of(cut)["recipe"]["min_lr"] == 0 and len(list(cut.glob("config.before*.yaml"))) == 1
+
+
+def test_a_run_does_not_go_on_as_another_network(cut):
+    before = {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+    with pytest.raises(UserError, match=r"model.se=true: the run to continue had false; that is another network"):
+        train(cut, *SHORT, "se=true")
+    with pytest.raises(UserError, match="already holds a run"):
+        train(cut, *SHORT, "resume=false")
+    assert {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()} == before
+
+
+def test_the_second_of_two_runs_in_one_directory_is_refused(tmp_path):
+    first = Started(tmp_path / "run", *LONG).after(2)
+    second = command("train", *LONG, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert second.returncode == 2 and second.stderr.startswith(f"error: {tmp_path / 'run'} is in use by another process")
+    with pytest.raises(UserError, match="is in use by another process"):
+        train(tmp_path / "run", *LONG)
+    assert first.send(signal.SIGKILL).ended() == -signal.SIGKILL
+    assert Started(tmp_path / "run", *SHORT).ended() in (0, 2)  # free again at once
+
+
+def test_a_copied_run_still_evaluates_and_goes_on(cut, whole, tmp_path):
+    shutil.copytree(cut, tmp_path / "elsewhere" / "copy")
+    shutil.rmtree(cut)
+    copy = tmp_path / "elsewhere" / "copy"
+    for name in (".steps", ".seen"):
+        shutil.copy(cut.with_suffix(name), copy.with_suffix(name))
+    went_on(copy)
+    assert soak.differences(whole, copy) == []
+    load_run(copy)
+
+
+# ---- signals
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, whole, number, code):
+    run = tmp_path / "run"
+    first = Started(run, *SHORT, "checkpoint.every_n_steps=null", "data.num_workers=1").after(11)
+    assert first.send(number).ended() == code
+    assert f"stopped by {signal.Signals(number).name} at step" in first.said and "Traceback" not in first.said
+    step = read(runs.checkpoint_path(run, "last"))["position"]["step"]
+    assert step >= 11
+    went_on(run, "checkpoint.every_n_steps=null", "data.num_workers=1")
+    assert soak.differences(whole, run) == [f"{name}.ckpt: .position.num_workers" for name in ("last", "best")]
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    slow = ("data.batch_size=1222", "+trainer.limit_train_batches=1", "model.depth=12")  # steps of a second and more
+    started = Started(tmp_path / "run", *LONG, *slow).after(1)
+    began = time.monotonic()
+    started.send(signal.SIGINT)
+    time.sleep(0.05)
+    assert started.send(signal.SIGINT).ended() == 130 and time.monotonic() - began < 5
+
+
+def test_a_signal_during_validation_swaps_no_weights(tmp_path):
+    """It comes while the module holds the averaged weights; the raw ones are saved as such, and the validation is done again."""
+    many = (*SHORT, "checkpoint.every_n_steps=null", "data.batch_size=8")  # 27 batches of validation
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert Started(whole, *many).ended() == 0
+    cut = Started(run, *many).after(2, ".validating").send(signal.SIGTERM)
+    assert cut.ended() == 143
+    assert read(runs.checkpoint_path(run, "last"))["position"]["validating"], cut.said
+    assert Started(run, *many).ended() == 0
+    assert soak.differences(whole, run) == []
