@@ -39,7 +39,7 @@ def begin(run: Path, arguments: Sequence[str]) -> int:
 
 
 def work(run: Path, arguments: Sequence[str]) -> NoReturn:
-    """What `python -m tnt_lightning.train ARGUMENTS hydra.run.dir=RUN` does, with RUN.seen, RUN.steps and RUN.validating for what it saw."""
+    """What `python -m tnt_lightning.train ARGUMENTS hydra.run.dir=RUN` does, with RUN.seen, .steps and .validating for what it saw."""
     code = 1
     try:
         os.setsid()

@@ -169,7 +169,7 @@ def test_instead_of_a_damaged_checkpoint_the_newest_good_one_is_taken(cut, whole
     last = runs.checkpoint_path(cut, "last")
     last.write_bytes(DAMAGES[how](last.read_bytes()))
     said = went_on(cut).said
-    line = next(line for line in said.splitlines() if "damaged" in line)
+    line = next(line for line in said.splitlines() if line.startswith(f"note   {last}"))
     assert line.startswith(f"note   {last}: damaged") and line.endswith(f"instead of it {runs.checkpoint_path(cut, 'previous')}")
     assert soak.differences(whole, cut) == []
 
