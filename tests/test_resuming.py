@@ -295,3 +295,43 @@ def test_a_signal_during_validation_swaps_no_weights(tmp_path):
     assert read(runs.checkpoint_path(run, "last"))["position"]["validating"], cut.said
     assert Started(run, *many).ended() == 0
     assert soak.differences(whole, run) == []
+
+
+@pytest.mark.slow
+def test_slurms_warning_hands_the_job_back_once_and_the_job_that_starts_again_goes_on(tmp_path):
+    """A scontrol of our own writes down what it is asked. The warning goes to every process, during the imports and during training."""
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    env = {**os.environ, "SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "train", "PATH": f"{scontrol.parent}:{os.environ['PATH']}"}
+    line = [sys.executable, "-m", "tnt_lightning.train", *LONG, "data.num_workers=2"]
+
+    def start(**more):
+        return subprocess.Popen(line, cwd=tmp_path, env={**env, **more}, start_new_session=True, stdout=subprocess.PIPE, text=True)
+
+    importing = start()
+    time.sleep(0.5)
+    os.killpg(importing.pid, signal.SIGUSR1)
+    said, _ = importing.communicate(timeout=100)
+    assert importing.returncode == 138 and "stopped by SIGUSR1 at step 0" in said and "job 77 handed back to SLURM" in said, said
+    [run] = tmp_path.glob("outputs/*/*")
+
+    training = start(SLURM_RESTART_COUNT="1")
+    goal = time.monotonic() + 100
+    while not (run / "metrics.csv").exists() or len(soak.lines(run / "metrics.csv")) < 12:
+        assert training.poll() is None and time.monotonic() < goal
+        time.sleep(0.05)
+    os.killpg(training.pid, signal.SIGUSR1)
+    said, _ = training.communicate(timeout=100)
+    assert training.returncode == 138 and "goes on from" in said and "Traceback" not in said, said
+    assert (tmp_path / "asked").read_text() == "requeue 77\n" * 2 and len(list(tmp_path.glob("outputs/*/*"))) == 1
+
+
+def test_what_cannot_be_written_is_found_before_training_starts(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/run")):
+        with pytest.raises(UserError, match=f"^{folder}.*: cannot be written .*; choose another hydra.run.dir"):
+            train(folder, *SHORT)
+    done = command("train", *SHORT, "hydra.run.dir=/proc/run", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: /proc/run: ") and len(done.stderr.splitlines()) == 1

@@ -30,7 +30,7 @@ def find_directory() -> None:
     if "LOCAL_RANK" in os.environ or {"-m", "--multirun", "--cfg", "-c", "--help", "-h"} & set(sys.argv[1:]):
         return
     given = {key: value for key, _, value in (arg.partition("=") for arg in sys.argv[1:])}
-    again = "SLURM_RESTART_COUNT" in os.environ and "hydra.run.dir" not in given and "resume" not in given
+    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and "hydra.run.dir" not in given and "resume" not in given
     if given.get("resume") == "latest" or again:
         from tnt_lightning import runs
 
