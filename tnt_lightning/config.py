@@ -17,7 +17,7 @@ from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
-SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "grid", "released")
+SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "logger", "faults", "grid", "released")
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
 
 
@@ -82,10 +82,12 @@ def _refuse_missing_keys(config: DictConfig) -> None:
         "recipe": [*map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))],
         "trainer": [*map(str, OmegaConf.load(CONF / "trainer" / "default.yaml"))],
         "logger": ["name"],
+        "faults": ["timeout_s"],
     }
     for section, keys in needed.items():
         if not isinstance(config.get(section), DictConfig):
-            raise UserError(f"{section}: missing, or not a section of keys; a run needs {section}=NAME")
+            cure = f"{section}=NAME" if (CONF / section).is_dir() else "it"
+            raise UserError(f"{section}: missing, or not a section of keys; a run needs {cure}")
         for key in keys:
             if key not in config[section]:
                 raise UserError(f"{section}.{key}: missing; a run needs it")
@@ -103,6 +105,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
         "recipe.augmentation.": AUGMENTATIONS,
         "data.augmentation.": AUGMENTATIONS,
         "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
+        "faults.": tuple(map(str, OmegaConf.load(CONF / "config.yaml").faults)),
     }
     for section, known in readers.items():
         node = OmegaConf.select(config, section.rstrip(".")) if section else config

@@ -130,6 +130,7 @@ KINDS = {
     "trainer.limit_test_batches": number(0),
     "trainer.devices": whole(-1) | TEXT | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
     "trainer.enable_progress_bar": FLAG,
+    "faults.timeout_s": number(1),
     "logger.name": one_of("wandb", "csv", "none"),
     "logger.mode": one_of("auto", "online", "offline", "disabled"),
     "logger.project": PROJECT,

@@ -42,7 +42,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
     import lightning as L
 
-    from tnt_lightning import runs, show
+    from tnt_lightning import ranks, runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Best, Last, Throughput
     from tnt_lightning.dashboard import Dashboard, Progress
@@ -88,11 +88,12 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
         callbacks.append(Best(folder, continued=resume.parent if resume else None))
     callbacks.append(Last(folder))  # after Best, whose state it holds
     trainer = build_trainer(config, run=run, callbacks=callbacks, dashboard=dashboard)
+    ranks.join(trainer, config["faults"]["timeout_s"])
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
     if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
         raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
-    with dashboard:
+    with dashboard, ranks.together(trainer):
         if trainer.is_global_zero:
             runs.start(run, config)
             show.opening(trainer, data, run, loaded)
