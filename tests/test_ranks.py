@@ -39,7 +39,7 @@ class Started:
         drop = ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS", "LOCAL_RANK")
         env = {key: value for key, value in os.environ.items() if key not in drop} | {MARK: self.mark}
         with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-            line = [sys.executable, "-m", f"tnt_lightning.{name}", "logger=none", *TWO, *overrides]
+            line = [sys.executable, "-m", f"tnt_lightning.{name}", *TWO, *overrides]
             self.process = subprocess.Popen(line, cwd=folder, env=env, stdout=out, stderr=err)
 
     def all(self) -> dict[int, int]:
@@ -104,7 +104,8 @@ def start(tmp_path):
 
 
 def trained(start, *overrides: str) -> Started:
-    return start("train", "recipe.epochs=1000", "trainer.enable_progress_bar=false", "hydra.run.dir=run", *overrides).trains()
+    endless = ("recipe.epochs=1000", "trainer.enable_progress_bar=false", "logger=none", "hydra.run.dir=run")
+    return start("train", *endless, *overrides).trains()
 
 
 # ---- a rank is killed
@@ -197,7 +198,7 @@ def test_a_broken_image_names_itself_through_workers_and_ranks(start, tmp_path, 
     layouts.folder(tmp_path / "images")
     data = ("data=folder", f"data.root={tmp_path / 'images'}")
     broken = broken_in(part, rank, *data)
-    run = start("train", *TINY, *data, "data.num_workers=2", *QUICK, "hydra.run.dir=run")
+    run = start("train", "logger=none", *TINY, *data, "data.num_workers=2", *QUICK, "hydra.run.dir=run")
     in_one_line(run, broken, r"not a readable image \(")
 
 
