@@ -225,7 +225,8 @@ def two(monkeypatch):
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "WORLD_SIZE", ranks._PARENT):
         monkeypatch.delenv(name, raising=False)
     left: list[int] = []
-    monkeypatch.setattr(atexit, "register", lambda function, code: left.append(code))
+    monkeypatch.setattr(ranks, "_leave", left.append)
+    monkeypatch.setattr(atexit, "register", lambda leave, code: leave(code))
     yield (lambda: L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)), left
     ranks.ending, ranks._watch = False, None
 
