@@ -14,14 +14,14 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"checkpoints", "curves"},
     {"models"},
     {"data"},
-    {"classifier", "callbacks"},
+    {"classifier", "callbacks", "ranks"},
     {"build", "show", "config", "dashboard"},
     {"cli"},
     {"train", "evaluate", "verify", "prepare", "benchmark"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare"},
-    "lightning": {"classifier", "checkpoints", "curves", "callbacks", "data", "build", "show", "dashboard", "train", "evaluate"},
+    "lightning": {"classifier", "checkpoints", "curves", "callbacks", "ranks", "data", "build", "show", "dashboard", "train", "evaluate"},
     "wandb": {"dashboard"},
     "litdata": {"data", "prepare"},
 }

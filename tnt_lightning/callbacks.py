@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from tnt_lightning import ranks
 from tnt_lightning.checkpoints import Position, copy, read
 from tnt_lightning.curves import Curves
 from tnt_lightning.errors import UserError
@@ -224,6 +225,7 @@ class Checkpoints(Checkpoint):
 
     def _end(self, trainer: L.Trainer) -> None:
         assert self._ending is not None
+        ranks.ending = True
         if trainer.is_global_zero:
             self.signals.came = self.signals.came or self._ending
             print(f"\nstopped by {name(self._ending)} at {self.here}; {self.folder / 'last.ckpt'} holds it", flush=True)
@@ -236,7 +238,7 @@ class Agreement:
     and no device is waited for. With one rank, at once."""
 
     def __init__(self, world: int, timeout_s: float):
-        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world > 1 else None
+        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + 60)) if world > 1 else None
         self._said: tuple[Tensor, Any] | None = None
 
     def __call__(self, number: int) -> int:

@@ -87,7 +87,8 @@ def _refuse_missing_keys(config: DictConfig) -> None:
     }
     for section, keys in needed.items():
         if not isinstance(config.get(section), DictConfig):
-            raise UserError(f"{section}: missing, or not a section of keys; a run needs {section}=NAME")
+            cure = f"{section}=NAME" if (CONF / section).is_dir() else "it"
+            raise UserError(f"{section}: missing, or not a section of keys; a run needs {cure}")
         for key in keys:
             if key not in config[section]:
                 raise UserError(f"{section}.{key}: missing; a run needs it")

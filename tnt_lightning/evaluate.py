@@ -109,18 +109,20 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
 
 
 def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataModule") -> tuple[Figures, "L.Trainer"]:
-    from tnt_lightning import show
+    from tnt_lightning import ranks, show
     from tnt_lightning.build import build_trainer
 
     show.quiet()
     trainer = build_trainer(config)
+    ranks.join(trainer, config.get("faults", {}).get("timeout_s", ranks.TIMEOUT_S))  # an older run's has none
     data.trainer = trainer
     data.setup()
     data.val_dataloader(), data.test_dataloader()  # what does not fit is said here, before other processes start
     if trainer.is_global_zero:
         for note in data.notes:
             print(f"note {note}")
-    return evaluate(trainer, classifier, data), trainer
+    with ranks.together(trainer):
+        return evaluate(trainer, classifier, data), trainer
 
 
 def _table(figures: Figures, beside: str | None = None, others: Figures | None = None) -> None:

@@ -117,7 +117,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str]) -> dict[str, Any]:
     import lightning as L
 
-    from tnt_lightning import runs, show
+    from tnt_lightning import ranks, runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Checkpoints, Finite, Throughput
     from tnt_lightning.curves import Curves
@@ -165,11 +165,12 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     )
     callbacks.append(checkpoints)
     trainer = build_trainer(config, callbacks=callbacks, curves=curves, dashboard=dashboard)
+    ranks.join(trainer, faults["timeout_s"])
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
     if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
         raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
-    with dashboard:
+    with dashboard, ranks.together(trainer):
         if trainer.is_global_zero:
             hints = runs.unfinished(config, beside=run)[:1] if config["resume"] is None and origin is None else []
             runs.start(run, config)
