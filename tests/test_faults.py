@@ -260,6 +260,12 @@ def test_in_a_sweep_the_other_jobs_go_on(tmp_path):
     assert done.stderr.splitlines()[-1] == f"error: {line}" and f"job 0: {line}" in done.stdout + done.stderr
 
 
+def test_a_log_that_its_disk_has_no_room_for_is_no_traceback(tmp_path):
+    body = "import logging; logging.getLogger().addHandler(logging.FileHandler('/dev/full')); logging.warning('a line')"
+    done = buggy(tmp_path, body, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 0 and "a line" in done.stdout and "Traceback" not in done.stderr
+
+
 def test_who_asks_for_the_traceback_gets_it(tmp_path, monkeypatch):
     body = "open('/dev/full', 'wb', 0).write(b'x')"
     (tmp_path / "buggy.py").write_text(f"from tnt_lightning.cli import command\n@command()\ndef main(config):\n    {body}\nmain()\n")
