@@ -290,7 +290,7 @@ def test_a_configuration_of_somebodys_chooses_no_code(theirs, monkeypatch, key, 
     assert key.split(".")[-1] in line, "the key is named"
     assert "\n" not in line and "hunter2" not in line
     if key.startswith("model"):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=r"^(model\.|depth=)"):
             load_run(run)
 
 
