@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import hydra
@@ -41,6 +42,26 @@ def command(name: str, *arguments: str, cwd: Path, timeout: int = 240, env: dict
     env = {key: value for key, value in (env or os.environ).items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
     line = [sys.executable, "-m", f"tnt_lightning.{name}", *arguments]
     return subprocess.run(line, cwd=cwd, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys, tmp_path):
+    """(exit code, the lines on stderr that are ours, all of stderr) of a command in this process: imports take most of a command's time."""
+
+    def call(name: str, *arguments: str) -> tuple[object, list[str], str]:
+        silent = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/tnt_lightning/{name}.py", *arguments, *silent])
+        environment = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS")}
+        monkeypatch.setattr(os, "environ", environment)
+        monkeypatch.setattr("logging.raiseExceptions", True)
+        monkeypatch.chdir(tmp_path)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            import_module(f"tnt_lightning.{name}").main()
+        err = capsys.readouterr().err
+        return end.value.code, [line for line in err.splitlines() if line.startswith("error:")], err
+
+    return call
 
 
 def pytest_addoption(parser):

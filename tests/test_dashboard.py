@@ -327,6 +327,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         self.history, self.exit, self.files, self.config = {}, {}, set(), {}
+        self.ill, self.well = "", threading.Event()  # "gone", "broken" or "silent" from now on, until it is well again
         super().__init__(("127.0.0.1", 0), Answering)
         self.address = f"http://127.0.0.1:{self.server_port}"
 
@@ -357,6 +358,8 @@ class Answering(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self._is_ill():
+            return
         body = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
         answer = {}
         if self.path == "/graphql":
@@ -372,8 +375,18 @@ class Answering(BaseHTTPRequestHandler):
 
     def do_PUT(self):
         self.rfile.read(int(self.headers["Content-Length"]))
+        if self._is_ill():
+            return
         self.server.files.add(self.path.removeprefix("/upload/"))
         self._answer({})
+
+    def _is_ill(self) -> bool:
+        if self.server.ill == "broken":
+            self.send_error(500)
+        elif self.server.ill == "silent":
+            self.server.well.wait()
+        self.close_connection = bool(self.server.ill)
+        return bool(self.server.ill)
 
     def handle_one_request(self):
         with suppress(ConnectionError):  # the service went, with its connections open
@@ -398,6 +411,7 @@ def there(nobody):
         nobody.setenv("WANDB_BASE_URL", here.address)
         nobody.setenv("WANDB_API_KEY", KEY)
         yield here
+        here.well.set()
         here.shutdown()
 
 
@@ -476,11 +490,69 @@ def test_training_survives_the_service(tmp_path, nobody, capsys, blow):
         for process in struck:
             os.kill(process, signal.SIGKILL)
     assert time.monotonic() - began < 25 and struck
-    assert runs.result_of(tmp_path / "run")["epochs"] == 3
+    its_own_record_is_whole(tmp_path / "run", epochs=3)
     shown = capsys.readouterr()
     assert {"best/val/top1", "images_per_s", "parameters", "flops"} <= Recorded(tmp_path / "run").summary.keys()
     _, ending = lines(shown.out + shown.err)
     assert ending.startswith("W&B    stopped: " if blow == signal.SIGKILL else "W&B    not finished: no answer in 2 s")
+
+
+@pytest.mark.parametrize("ill", ["gone", "broken", "silent"])
+def test_training_survives_a_server_that_is_lost_on_the_way(tmp_path, there, nobody, capsys, ill):
+    class Losing(Throughput):
+        def on_train_epoch_start(self, trainer, module):
+            super().on_train_epoch_start(trainer, module)
+            if trainer.current_epoch == 1:
+                there.ill = ill
+                if ill == "gone":
+                    there.shutdown()
+                    there.socket.close()
+
+    nobody.setattr("tnt_lightning.callbacks.Throughput", Losing)
+    nobody.setattr(dashboard, "CALL_S", 2)
+    began = time.monotonic()
+    train(tmp_path / "run", *SHORT, "recipe.epochs=3", "logger.finish_timeout=2", "logger.init_timeout=10")
+    assert time.monotonic() - began < 60
+    shown = capsys.readouterr()
+    known, [opening, ending] = json.loads((tmp_path / "run" / "wandb.json").read_text()), lines(shown.out + shown.err)
+    assert there.ill and opening == f"W&B    {known['url']}" and known["mode"] == "online"
+    assert re.fullmatch(
+        rf"W&B    not finished: .*; to upload it: wandb sync --include-online {re.escape(str(tmp_path / 'run' / 'wandb'))}", ending
+    )
+    its_own_record_is_whole(tmp_path / "run", epochs=3)
+    recorded = Recorded(tmp_path / "run", "wandb/run-*/*.wandb")
+    assert [step for step, _ in recorded.curve("train/loss")] == list(range(9)), "what the server missed is there to be uploaded"
+
+
+def its_own_record_is_whole(run: Path, *, epochs: int) -> None:
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(3 * epochs))
+    assert len([row for row in rows if row["val/top1"]]) == epochs
+    result = json.loads((run / "result.json").read_text())
+    assert result["epochs"] == epochs and 0 < result["test/top1"] <= 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [0, 1], ids=["log", "images"])
+def test_training_survives_a_full_disk_of_the_dashboards(tmp_path, examples):
+    """Its folder's own, of a few pages; where none may be mounted, its files may be no larger than that."""
+    run = tmp_path / "run"
+    (run / "wandb").mkdir(parents=True)
+    line = [sys.executable, "-m", "tnt_lightning.train", *QUICK, *SHORT, "recipe.epochs=3", f"hydra.run.dir={run}"]
+    line += [f"logger.images_every={examples}", "logger.finish_timeout=5"]
+    mount = f"mount -t tmpfs -o size=24k none {shlex.quote(str(run / 'wandb'))}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode == 0:
+        line = ["unshare", "-rm", "sh", "-c", f"{mount} && exec {shlex.join(line)}"]
+    else:  # of root too: what is made in it fails
+        (run / "wandb").rmdir()
+        (run / "wandb").symlink_to("/proc/self/task")
+    done = subprocess.run(line, cwd=tmp_path, env=stranger(tmp_path), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    its_own_record_is_whole(run, epochs=3)
+    said = [line for line in lines(done.stdout + done.stderr) if not line.startswith("W&B    offline, ")]
+    assert len(said) == 1 and re.match(
+        r"W&B    (not finished|stopped|not used): .*(No space left|No such file|not permitted|denied)", said[0]
+    )
 
 
 def test_after_a_killed_service_the_next_run_of_the_process_has_one(tmp_path, nobody):

@@ -1,7 +1,9 @@
 """From a resolved configuration, plain data, to the objects of a run."""
 
 import inspect
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -40,6 +42,7 @@ def build_classifier(config: Config) -> Classifier:
     recipe, epochs = config["recipe"], config["trainer"]["max_epochs"]
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
+    _refuse_sections("optimizer", config["optimizer"])
     classifier = Classifier(
         build_model(**config["model"]),
         num_classes=config["data"]["num_classes"],
@@ -51,9 +54,14 @@ def build_classifier(config: Config) -> Classifier:
 
 
 def build_trainer(
-    config: Config, *, callbacks: list[Callback] | None = None, curves: Curves | None = None, dashboard: Dashboard | None = None
+    config: Config,
+    *,
+    run: Path | None = None,
+    callbacks: list[Callback] | None = None,
+    curves: Curves | None = None,
+    dashboard: Dashboard | None = None,
 ) -> L.Trainer:
-    """The Trainer of `config`, and torch's CPU threads as it says; it logs to the curves and the dashboard."""
+    """The Trainer of `config`, and torch's CPU threads as it says; with a run directory it logs to the curves and the dashboard."""
     torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
@@ -64,6 +72,9 @@ def build_trainer(
             "try bf16-mixed, or recipe.ema_decay=null"
         )
     _refuse_unknown("trainer", "lightning.Trainer", arguments, L.Trainer.__init__)
+    _refuse_sections("trainer", arguments)
+    # Under SLURM, Lightning takes any hpc_ckpt_*.ckpt from here; by default here is wherever the command was started.
+    arguments.setdefault("default_root_dir", str(run) if run is not None else os.devnull)
     name = config["logger"]["name"]
     loggers: list[Logger] = [curves] if curves is not None and name != "none" else []
     if dashboard is not None and name == "wandb":
@@ -93,6 +104,13 @@ def _refuse_unknown(section: str, reader: str, arguments: Mapping[str, Any], *si
         if name not in known:
             near = did_you_mean(f"{section}.{name}", [f"{section}.{other}" for other in known], f"{reader} takes no such argument")
             raise UserError(f"{section}.{name}={value}: no such key{near}")
+
+
+def _refuse_sections(section: str, arguments: Mapping[str, Any]) -> None:
+    """Of somebody's configuration they might describe an object to build, and nothing here builds one."""
+    for name, value in arguments.items():
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value)):
+            raise UserError(f"{section}.{name}={value}: a section; the arguments of the {section} are plain values")
 
 
 def _precision(accelerator: str) -> str:

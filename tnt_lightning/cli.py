@@ -25,6 +25,7 @@ from yaml import MarkedYAMLError, YAMLError
 from tnt_lightning import CONF
 from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
 from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.faults import explained
 from tnt_lightning.schema import KINDS
 
 _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
@@ -47,18 +48,23 @@ def command(
             try:
                 _resolve(config, config_name)
                 return task(config)
-            except UserError as error:
-                if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
-                    logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, error)
+            except Exception as error:
+                if (known := _known(error)) is None:
                     raise
+                if HydraConfig.get().mode == RunMode.MULTIRUN:  # the other jobs go on; the sweep ends with an error
+                    logging.getLogger(task.__module__).error("job %s: %s", HydraConfig.get().job.num, known)
+                    if known is error:
+                        raise
+                    raise known from error
                 if _with_tracebacks():
                     raise
                 _clear(HydraConfig.get())
-                fail(str(error))
+                fail(str(known))
 
         @functools.wraps(task)
         def main() -> None:
             begun.clear()
+            logging.raiseExceptions = False  # a train.log that its disk has no room for would show a traceback for each line
             _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
             if before is None:
                 _refuse_to_write_over("hydra.run.dir", "config.yaml")
@@ -82,6 +88,15 @@ def command(
     return decorate
 
 
+def _known(error: Exception) -> UserError | None:
+    """A user's mistake, or a fault of the machine, of which they are told in the same way."""
+    if isinstance(error, UserError):
+        return error
+    hydra = HydraConfig.get()
+    run = Path(hydra.runtime.output_dir)
+    return explained(error, run=run if (run / "config.yaml").exists() else None, resumable=hydra.mode == RunMode.RUN)
+
+
 def _clear(hydra: Any) -> None:
     """Take away what Hydra wrote for a run that was refused; whatever else lies there stays."""
     run = Path(hydra.runtime.output_dir)
@@ -100,7 +115,7 @@ def _clear(hydra: Any) -> None:
 def _not_composed(error: Exception) -> str:
     """Of what Hydra does not answer itself, before the task: group=null, a broken file of one's own, a run directory."""
     if isinstance(error, OSError):
-        return f"{error.filename}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir"
+        return f"{error.filename or 'hydra.run.dir'}: the run directory cannot be made ({error.strerror}); choose another hydra.run.dir"
     if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         return f"{error.problem_mark.name.removeprefix('file://')}, line {error.problem_mark.line + 1}: {error.problem}"
     groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())

@@ -244,7 +244,7 @@ def _read(run: Path) -> dict[str, Any]:
     """What `run` says of its W&B run; nothing where it had none."""
     try:
         return dict(json.loads((run / FILE).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 

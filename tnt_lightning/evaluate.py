@@ -1,5 +1,6 @@
 """`python -m tnt_lightning.evaluate run=DIR`, or `model=... weights=... data=...`: top-1, top-5 and loss of what is trained already."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tnt_lightning.data import ImageDataModule
 
 Figures = dict[str, float]
+LARGEST = 10_000  # values in a configuration; one of ours has a hundred
 
 
 @command("evaluate")
@@ -48,7 +50,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    config = OmegaConf.create(runs.config_of(directory))
+    config = _plain(runs.config_of(directory), directory / "config.yaml")
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
@@ -76,6 +78,25 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
             if recorded.get(name, now) != now:
                 print(f"note: {name} now {now}, recorded with {recorded[name]}; the last digits may differ")
     return figures
+
+
+def _plain(recorded: dict[str, Any], file: Path) -> DictConfig:
+    """A recorded configuration, of which nothing is left to resolve: an interpolation in somebody's would read this machine's secrets."""
+    todo: list[tuple[str, Any]] = [("", recorded)]
+    for count, (place, value) in enumerate(todo):
+        if count == LARGEST:  # a few lines of YAML's references can stand for billions of values
+            raise UserError(f"{file} is not the configuration of a run: more than {LARGEST:,} values")
+        if isinstance(value, dict):
+            todo += [(f"{place}.{key}".lstrip("."), key) for key in value]
+            todo += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(place, inner) for inner in value]
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{file}: {place}={value}: an interpolation; the configuration of a run holds plain values")
+    try:
+        return OmegaConf.create(recorded)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{file} is not the configuration of a run ({' '.join(str(error).split())})") from None
 
 
 def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
@@ -142,7 +163,7 @@ def evaluate(trainer: "L.Trainer", classifier: "Classifier", data: "ImageDataMod
     figures: Figures = {}
     for part, measure in (("val", trainer.validate), ("test", trainer.test)):
         if getattr(data.parts, part) is not None:
-            measure(classifier, datamodule=data, verbose=False)
+            measure(classifier, datamodule=data, verbose=False, weights_only=True)
             measured = trainer.callback_metrics.items()
             figures |= {name: round(float(value), 6) for name, value in measured if name.startswith(f"{part}/")}
     return figures

@@ -29,6 +29,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from tnt_lightning.errors import UserError
+from tnt_lightning.faults import explained
 
 TIMEOUT_S = 1800  # where a configuration has none
 TICK_S = 0.5
@@ -271,7 +272,7 @@ def _code_of(error: BaseException) -> int:
     """The exit code that an exception leads to."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+    return 2 if isinstance(error, UserError) or explained(error) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _say(line: str) -> None:

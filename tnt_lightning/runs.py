@@ -133,7 +133,7 @@ def config_of(run: Path) -> dict[str, Any]:
     file = run / "config.yaml"
     try:
         config = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run} is not a run directory: {file} cannot be read ({_first_line(error)})") from None
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data", "recipe", "trainer")):
         raise UserError(f"{file} is not the configuration of a run")
@@ -145,7 +145,7 @@ def result_of(run: Path) -> dict[str, Any]:
     file = run / "result.json"
     try:
         result = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({_first_line(error)}); name a checkpoint: {run}/checkpoints/last.ckpt") from None
     return result if isinstance(result, dict) else {}
 

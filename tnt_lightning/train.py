@@ -164,7 +164,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         timeout_s=faults["timeout_s"],
     )
     callbacks.append(checkpoints)
-    trainer = build_trainer(config, callbacks=callbacks, curves=curves, dashboard=dashboard)
+    trainer = build_trainer(config, run=run, callbacks=callbacks, curves=curves, dashboard=dashboard)
     ranks.join(trainer, faults["timeout_s"])
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written

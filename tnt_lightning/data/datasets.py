@@ -62,7 +62,7 @@ class CIFAR10(ImageDataModule):
                 labels = [label for batch in batches for label in batch[self.label_key]]
                 if len(labels) != len(images):
                     raise ValueError(f"{len(labels)} labels for {len(images)} images")
-            except (KeyError, ValueError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise UserError(f"{place}: {files[0][0]} is not of this data set ({error})") from None
             return Arrays(np.ascontiguousarray(images, dtype=np.uint8), labels, classes=names)
 

@@ -7,6 +7,7 @@ number of workers, and not on what was drawn before.
 import json
 import math
 import random
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -271,7 +272,8 @@ class ImageDataModule(L.LightningDataModule):
         """How many training images were left out as broken."""
         if self.skipped is None or not self.skipped.exists():
             return 0
-        return len({json.loads(line)["index"] for line in self.skipped.read_text().splitlines()})
+        found = re.findall(r'^{"index": (\d+), ', self.skipped.read_text(errors="replace"), re.MULTILINE)  # a last line may be cut off
+        return len(set(found))
 
     @property
     def mode(self) -> str:

@@ -35,7 +35,7 @@ FORMAT = 1
 MANIFEST = "shards.json"
 SPLITS = ("train", "val", "test")
 STORES = ("s3://", "gs://", "azure://", "r2://", "local:")
-DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError)  # what JSON that is not ours ends in
+DAMAGE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError)  # what JSON that is not ours ends in
 LITDATA = "needs litdata: pip install litdata"
 
 
@@ -263,7 +263,7 @@ class Remote(Place):
 
     def _make_room(self, keep: Path) -> None:
         there = []
-        for path in self.cache.glob("*.bin"):
+        for path in self.cache.glob(f"{'[0-9a-f]' * 64}.bin"):  # and nothing else that may lie in a folder of somebody's choice
             with contextlib.suppress(FileNotFoundError):
                 there.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         taken = sum(size for _, size, _ in there)

@@ -4,6 +4,7 @@ Only safetensors, and torch files that hold tensors and plain data, are read: no
 """
 
 import argparse
+import pickle
 import re
 import sys
 from collections import Counter
@@ -191,7 +192,11 @@ def _from_hub(model: nn.Module, source: str) -> _Found:
     _refuse_legacy(source, architecture)
     try:
         state = _sound(source, load_state_dict_from_hf(name, weights_only=True))
+    except pickle.UnpicklingError:
+        raise UserError(f"{source}: its pickle holds more than tensors and plain data") from None
     except (OSError, RuntimeError, EntryNotFoundError, SafetensorError) as error:
+        if "weights_only" in str(error):  # timm's words, which would advise to load it unsafely
+            raise UserError(f"{source}: its pickle holds more than tensors and plain data") from None
         raise _not_fetched(source, error) from None
     preprocessing = _preprocessing(model) | _preprocessing(config)
     for name_here in model_names():
