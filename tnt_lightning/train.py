@@ -1,5 +1,6 @@
 """`python -m tnt_lightning.train`: compose -> build -> fit -> test -> result.json."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent."""
     import lightning as L
 
-    from tnt_lightning import runs, show
+    from tnt_lightning import memory, runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Best, Last, Throughput
     from tnt_lightning.dashboard import Dashboard, Progress
@@ -90,8 +91,17 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     trainer = build_trainer(config, run=run, callbacks=callbacks, dashboard=dashboard)
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
-    if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
+    batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+    if not batches or trainer.max_steps == 0:
         raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.limit_val_batches:
+        raise UserError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; lower it, or give a share of the epoch: 0.5")
+    if (pixels := 5 * data.device_batch * math.prod(data.input_size)) > memory.total():  # its pixels, as they are loaded and normalised
+        raise UserError(
+            f"data.batch_size={data.batch_size}: the pixels of {data.device_batch} images of image_size={config['image_size']} take "
+            f"{pixels / 2**30:,.0f} GiB, and this machine has {memory.total() / 2**30:,.0f}; lower one of the two"
+        )
     with dashboard:
         if trainer.is_global_zero:
             runs.start(run, config)
