@@ -54,6 +54,11 @@ ODD: list[Any] = [
     *(None, True, False, -1, 0, 1, 2, 3, 5, 7, 0.5, 1.0, -0.1, 1e9, math.inf, math.nan, 70_000, 10**30, "", "4", "token", "word"),
     *([], [1], [True], [1.0], [1, 1], [2, 1], (1,), {}, [4, [4]], [4, 4], (4, 4), [4, 4, 4]),
 ]
+FITTING: dict[str, Any] = dict(
+    image_size=8, patch_size=4, in_chans=1, num_classes=3, words_per_patch=4, outer_dim=24, inner_dim=6, outer_heads=2, inner_heads=2,
+    depth=2, mlp_ratio=4.0, tnt_blocks=None, position_encoding="both", se=True, drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.1,
+    qkv_bias=False, global_pool="token",
+)  # fmt: skip
 
 
 @st.composite
@@ -216,6 +221,16 @@ def test_knobs_that_fit_make_a_network_that_works(tmp_path, knobs):
 @given(knobs=mostly_misfitting())
 def test_knobs_that_do_not_fit_are_refused_with_a_cure_and_all_others_work(tmp_path, knobs):
     checked(knobs, tmp_path)
+
+
+@pytest.mark.parametrize("knob", sorted(FITTING))
+def test_a_knob_alone_takes_what_fits_and_refuses_the_rest(knob):
+    for value in ODD:
+        knobs = {**FITTING, knob: value}
+        if wrong := misfits(knobs):
+            refused(knobs, wrong)
+        else:
+            built(knobs)
 
 
 # ---- every key of a configuration
