@@ -303,8 +303,8 @@ def test_the_project_of_the_environment_wins_over_the_default(nobody):
 
 @pytest.mark.parametrize("override, answer", [
     ("logger.mode=ofline", "logger.mode=ofline is not one of auto, online, offline, disabled"),
-    ("logger.images_every=-1", "logger.images_every=-1 is not a whole number from 0 up"),
-    ("logger.num_images=0", "logger.num_images=0 is not a whole number from 1 up"),
+    ("logger.images_every=-1", "logger.images_every=-1 is not a whole number from 0 to 1,000,000,000"),
+    ("logger.num_images=0", "logger.num_images=0 is not a whole number from 1 to 1,000,000,000"),
     ("logger.init_timeout=soon", "logger.init_timeout=soon is not a number from 1 up"),
     ("logger.project=a/b", "logger.project=a/b is not a name of at most 128 characters"),
     ("logger.project=null", "logger.project=null is not a name"),

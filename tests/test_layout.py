@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "tnt_lightning"
 FLOORS = [  # a module may import from its own floor and the ones before
     {"tnt_lightning", "errors", "signals"},
-    {"faults", "runs", "schema", "trees"},
+    {"faults", "memory", "runs", "schema", "trees"},
     {"checkpoints", "curves"},
     {"models"},
     {"data"},

@@ -1,6 +1,7 @@
 """From a resolved configuration, plain data, to the objects of a run."""
 
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import tnt_lightning.data
+from tnt_lightning import memory
 from tnt_lightning.checkpoints import WholeFiles
 from tnt_lightning.classifier import Classifier
 from tnt_lightning.curves import Curves
@@ -43,6 +44,7 @@ def build_classifier(config: Config) -> Classifier:
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
     _refuse_sections("optimizer", config["optimizer"])
+    _refuse_too_large(config)
     classifier = Classifier(
         build_model(**config["model"]),
         num_classes=config["data"]["num_classes"],
@@ -51,6 +53,22 @@ def build_classifier(config: Config) -> Classifier:
     )
     classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
     return classifier
+
+
+def _refuse_too_large(config: Config) -> None:
+    """A model that the machine cannot hold; without the memory that it would take."""
+    if torch.get_default_device().type == "meta":
+        return
+    with torch.device("meta"):
+        shapes = build_model(**config["model"])
+    size = sum(parameter.numel() * parameter.element_size() for parameter in shapes.parameters())
+    if size > memory.total():
+        name, shape = max(((name, tuple(p.shape)) for name, p in shapes.named_parameters()), key=lambda pair: math.prod(pair[1]))
+        knob = f"image_size={config['data']['image_size']}" if "pos" in name else "model"
+        raise UserError(
+            f"{knob}: {size / 2**30:,.0f} GiB of parameters ({name} is {shape}) do not fit into the {memory.total() / 2**30:,.0f} GiB of "
+            "this machine; lower it, or the model's other sizes"
+        )
 
 
 def build_trainer(
@@ -94,8 +112,23 @@ def build_trainer(
         raise UserError("trainer.fast_dev_run: it writes no checkpoint to take figures of; trainer=debug runs a few batches of everything")
     try:
         return L.Trainer(**arguments, **ours)
-    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
+    except Exception as error:  # Lightning's code, on the user's values
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{_at_fault(arguments, ours)}: {said}") from None
+
+
+def _at_fault(arguments: dict[str, Any], ours: dict[str, Any]) -> str:
+    """The argument without which there is a Trainer, of those that do not have Lightning's own default."""
+    own = {name: parameter.default for name, parameter in inspect.signature(L.Trainer.__init__).parameters.items()}
+    for name, value in arguments.items():
+        if value == own[name]:
+            continue
+        try:
+            L.Trainer(**{**arguments, name: own[name]}, **ours)
+        except Exception:  # as above
+            continue
+        return f"trainer.{name}={value}"
+    return "trainer"
 
 
 def _refuse_unknown(section: str, reader: str, arguments: Mapping[str, Any], *signatures: Any) -> None:

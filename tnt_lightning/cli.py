@@ -20,11 +20,11 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import MarkedYAMLError, YAMLError
+from yaml import MarkedYAMLError
 
 from tnt_lightning import CONF
 from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
-from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.errors import UserError, did_you_mean, one_line
 from tnt_lightning.faults import explained
 from tnt_lightning.schema import KINDS
 
@@ -46,7 +46,7 @@ def command(
         def job(config: DictConfig) -> Any:
             begun.append(True)
             try:
-                _resolve(config, config_name)
+                resolve(config, config_name)
                 return task(config)
             except Exception as error:
                 if (known := _known(error)) is None:
@@ -78,7 +78,7 @@ def command(
                 if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise
                 fail(answer(error, config_name=config_name))
-            except (OSError, ValueError, TypeError, YAMLError) as error:
+            except Exception as error:
                 if _with_tracebacks() or begun:
                     raise
                 fail(_not_composed(error))
@@ -124,15 +124,29 @@ def _not_composed(error: Exception) -> str:
         if group in groups and (value in ("", "null") or value.startswith(("[", "{"))):
             options = sorted(path.stem for path in (CONF / group).glob("[!_]*.yaml"))
             return f"{arg}: {group}= takes the name of a file: {', '.join(options)}"
-    return f"not composed: {' '.join(str(error).split())}"
+    ours = "; ".join(arg for arg in sys.argv[1:] if arg.lstrip("+~").startswith("hydra"))
+    cure = f"; of Hydra's own keys, leave out or change {ours}" if ours else ""
+    return f"not composed: {' '.join(str(error).split()) or type(error).__name__}{cure}"
 
 
-def _resolve(config: DictConfig, config_name: str) -> None:
+def resolve(config: DictConfig, config_name: str) -> None:
     """Before the task, in which an error of OmegaConf would be a bug."""
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise UserError(answer(error, config_name=config_name)) from error
+        line = answer(error, config_name=config_name)
+        own = line != _first_line(error) or "UserError raised" in str(error)
+        raise UserError(line if own else f"{_unresolved(config)}: {line}") from error
+
+
+def _unresolved(config: DictConfig) -> str:
+    """The key whose ${...} leads nowhere: OmegaConf's error does not name it."""
+    for key in keys_of(config):
+        try:
+            OmegaConf.select(config, key)
+        except OmegaConfBaseException:
+            return key
+    return "the configuration"
 
 
 def _refuse_to_write_over(key: str, mark: str) -> None:
@@ -148,7 +162,7 @@ def _with_tracebacks() -> bool:
 
 
 def fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -174,7 +188,11 @@ def answer(error: Exception, overrides: list[str] | None = None, *, config_name:
         return f"{match[1]}: several values are a sweep; start it with -m first: {as_sweep()}"
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
-    return " ".join(text.split("\n")[0].removeprefix("UserError raised while resolving interpolation: ").split())
+    return _first_line(error)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].removeprefix("UserError raised while resolving interpolation: ").split())
 
 
 def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:

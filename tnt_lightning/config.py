@@ -28,14 +28,15 @@ def models_with(knob: str) -> list[str]:
 
 def keys_of(config: Any, prefix: str = "") -> Iterator[str]:
     """Every dotted key, sections before what is in them."""
-    if isinstance(config, DictConfig):
-        for name in map(str, config):
-            yield f"{prefix}{name}"
-            yield from keys_of(config._get_node(name), f"{prefix}{name}.")
+    if isinstance(config, DictConfig) and not config._is_missing():
+        for name in config:
+            yield f"{prefix}{name!s}"
+            yield from keys_of(config._get_node(name), f"{prefix}{name!s}.")
 
 
 def check(config: DictConfig, model: str) -> None:
     """UserError for a composed configuration that lacks keys, and for all that `check_values` refuses."""
+    _refuse_no_value(config)
     _refuse_missing_keys(config)
     check_values(config, model)
 
@@ -45,6 +46,7 @@ def check_values(config: DictConfig, model: str) -> None:
 
     model: its name, for the message
     """
+    _refuse_no_value(config)
     _refuse_unknown_keys(config)
     for key, kind in KINDS.items():
         missing = object()
@@ -71,6 +73,18 @@ def check_values(config: DictConfig, model: str) -> None:
     if config.data.image_size != config.image_size:
         sizes = f"data.image_size={text(config.data.image_size)} is at odds with image_size={text(config.image_size)}"
         raise UserError(f"{sizes}; set image_size alone")
+
+
+def _refuse_no_value(config: Any, prefix: str = "") -> None:
+    """YAML can hold more than sections of named values: ???, which OmegaConf takes for a value still to come, and numbers as names."""
+    for name in config:
+        node = config._get_node(name)
+        if not isinstance(name, str):
+            raise UserError(f"{prefix}{name}: no such key; keys are text")
+        if node._is_missing():
+            raise UserError(f"{prefix}{name}=???: no value; give one, or null where there is to be none")
+        if isinstance(node, DictConfig) and not node._is_none():
+            _refuse_no_value(node, f"{prefix}{name}.")
 
 
 def _refuse_missing_keys(config: DictConfig) -> None:

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 class UserError(ValueError):
     def __str__(self) -> str:
         # From a loader's worker torch raises it again with the worker's traceback as its message.
-        return super().__str__().rsplit(f"{type(self).__name__}: ", 1)[-1].strip()
+        return one_line(super().__str__().rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+
+
+def one_line(text: str) -> str:
+    """What a value brings along, line breaks and what a terminal would obey, as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def did_you_mean(key: str, known: Iterable[str], otherwise: str) -> str:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, ListConfig
 
+# Bounds that no run comes near, where torch, timm or the machine would answer beyond them, hours later or not at all.
+SIDE, CLASSES, RATE, PROCESSES, STEPS = 65_536, 2**24, 1e4, 1_024, 10**9
+
 
 class Kind(NamedTuple):
     words: str
@@ -27,7 +30,8 @@ def _numeric(types: tuple[type, ...], words: str, lowest: float, highest: float)
     def fits(value: Any) -> bool:
         return isinstance(value, types) and not isinstance(value, bool) and abs(value) != inf and lowest <= value <= highest  # type: ignore
 
-    bounds = "" if lowest == -inf else f" from {lowest:g} up" if highest == inf else f" from {lowest:g} to {highest:g}"
+    least, most = (f"{bound:,}" if isinstance(bound, int) and bound > 9_999 else f"{bound:g}" for bound in (lowest, highest))
+    bounds = "" if lowest == -inf else f" from {least} up" if highest == inf else f" from {least} to {most}"
     return Kind(words + bounds, fits)
 
 
@@ -46,6 +50,7 @@ FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 NEVER = Kind("false", lambda v: v is False)
 SECTION = Kind("a section of keys", lambda v: isinstance(v, DictConfig))
 TEXT = Kind("text", lambda v: isinstance(v, str) and v != "")
+DEVICES = Kind("text", lambda v: TEXT.fits(v) and not (v.isdecimal() and (len(v) > 4 or int(v) > PROCESSES)))
 PROJECT = Kind(  # W&B's own rule
     "a name of at most 128 characters without any of / \\ # ? % :",
     lambda v: isinstance(v, str) and 0 < len(v) <= 128 and not set(v) & set("/\\#?%:"),
@@ -55,23 +60,25 @@ TAGS = Kind(
     lambda v: isinstance(v, ListConfig) and all(isinstance(tag, str) and 0 < len(tag) <= 64 for tag in v),
 )
 
+IMAGE_SIZE = whole(1, SIDE) | several(whole(1, SIDE), 2)
+
 PIXELS = {  # given in the recipe, from where the data section takes them
-    "batch_size": whole(1),
-    "mean": number() | several(number(), 1, 3),
-    "std": number(1e-6) | several(number(1e-6), 1, 3),
+    "batch_size": whole(1, CLASSES),
+    "mean": number(-RATE, RATE) | several(number(-RATE, RATE), 1, 3),
+    "std": number(1e-6, RATE) | several(number(1e-6, RATE), 1, 3),
     "crop_pct": number(0.01, 1),
     "interpolation": one_of("nearest", "bilinear", "bicubic", "lanczos"),
     "augmentation": SECTION | NULL,
-    "augmentation.repeats": whole(1) | one_of("auto"),
+    "augmentation.repeats": whole(1, PROCESSES) | one_of("auto"),
     "augmentation.crop_scale": several(number(0, 1), 2) | NULL,
     "augmentation.hflip": number(0, 1),
     "augmentation.rand_augment": TEXT | NULL,
-    "augmentation.color_jitter": number(0),
+    "augmentation.color_jitter": number(0, RATE),
     "augmentation.fast_resize": FLAG,
     "augmentation.dct_scaling": FLAG,
     "augmentation.erase": number(0, 1),
-    "augmentation.mixup": number(0),
-    "augmentation.cutmix": number(0),
+    "augmentation.mixup": number(0, RATE),
+    "augmentation.cutmix": number(0, RATE),
     "augmentation.degrees": number(0, 180),
     "augmentation.shift": number(0, 1),
     "augmentation.zoom": number(0, 0.99),
@@ -82,32 +89,32 @@ KINDS = {
     "seed": whole(0, 2**32 - 1),
     "weights": TEXT | NULL,
     "resume": TEXT | NULL | NEVER,
-    "image_size": whole(1) | several(whole(1), 2),
+    "image_size": IMAGE_SIZE,
     "optimizer.opt": TEXT,
-    "optimizer.lr": number(0),
-    "optimizer.weight_decay": number(0),
-    "optimizer.eps": number(0),
+    "optimizer.lr": number(0, RATE),
+    "optimizer.weight_decay": number(0, RATE),
+    "optimizer.eps": number(0, RATE),
     "optimizer.betas": several(number(0, 1), 2),
     "optimizer.momentum": number(0, 1),
     "optimizer.fused": FLAG,
-    "recipe.epochs": whole(1),
-    "recipe.warmup_epochs": number(0),
-    "recipe.warmup_lr": number(0),
-    "recipe.min_lr": number(0),
+    "recipe.epochs": whole(1, STEPS),
+    "recipe.warmup_epochs": number(0, STEPS),
+    "recipe.warmup_lr": number(0, RATE),
+    "recipe.min_lr": number(0, RATE),
     "recipe.label_smoothing": number(0, 1),
     "recipe.drop_path_rate": number(0, 0.99),
     "recipe.ema_decay": number(0, 1) | NULL,
     "recipe.clip_grad": number(0) | NULL,
-    "recipe.threads": whole(1, 1024) | NULL,
+    "recipe.threads": whole(1, PROCESSES) | NULL,
     **{f"recipe.{name}": kind for name, kind in PIXELS.items()},
     "model": SECTION,
     "model.drop_path_rate": number(0, 0.99),
     "data._target_": TEXT,
     "data.root": TEXT | NULL,
-    "data.num_workers": whole(0),
-    "data.num_classes": whole(1),
+    "data.num_workers": whole(0, PROCESSES),
+    "data.num_classes": whole(1, CLASSES),
     "data.in_chans": whole(1),
-    "data.image_size": whole(1) | several(whole(1), 2),
+    "data.image_size": IMAGE_SIZE,
     "data.val_fraction": number(0, 0.99) | NULL,
     "data.on_error": one_of("stop", "skip"),
     "data.cache": FLAG,
@@ -115,21 +122,24 @@ KINDS = {
     "data.subset": FLAG,
     "data.year": whole(2018, 2019),
     "data.val_labels": TEXT | NULL,
-    "data.window": whole(1),
+    "data.window": whole(1, STEPS),
     "data.cache_dir": TEXT | NULL,
-    "data.cache_gb": number(0) | NULL,
+    "data.cache_gb": number(0, 1e6) | NULL,
     "data.seed": whole(0, 2**32 - 1),
     **{f"data.{name}": kind for name, kind in PIXELS.items()},
-    "trainer.max_epochs": whole(1),
-    "trainer.num_nodes": whole(1),
-    "trainer.accumulate_grad_batches": whole(1),
-    "trainer.check_val_every_n_epoch": whole(1),
-    "trainer.log_every_n_steps": whole(1),
+    "trainer.accelerator": TEXT,
+    "trainer.strategy": TEXT,
+    "trainer.precision": TEXT | whole(1, 64),
+    "trainer.max_epochs": whole(1, STEPS),
+    "trainer.num_nodes": whole(1, CLASSES),
+    "trainer.accumulate_grad_batches": whole(1, STEPS),
+    "trainer.check_val_every_n_epoch": whole(1, STEPS),
+    "trainer.log_every_n_steps": whole(1, STEPS),
     "trainer.gradient_clip_val": number(0) | NULL,
     "trainer.limit_train_batches": number(0),
     "trainer.limit_val_batches": number(0),
     "trainer.limit_test_batches": number(0),
-    "trainer.devices": whole(-1) | TEXT | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
+    "trainer.devices": whole(-1, PROCESSES) | DEVICES | Kind("a list of device numbers", lambda v: isinstance(v, ListConfig)),
     "trainer.enable_progress_bar": FLAG,
     "checkpoint.every_n_steps": whole(1) | NULL,
     "faults.nonfinite": one_of("stop", "skip"),
@@ -141,8 +151,8 @@ KINDS = {
     "logger.entity": TEXT | NULL,
     "logger.group": TEXT | NULL,
     "logger.tags": TAGS,
-    "logger.images_every": whole(0),
-    "logger.num_images": whole(1),
-    "logger.init_timeout": number(1),
-    "logger.finish_timeout": number(1),
+    "logger.images_every": whole(0, STEPS),
+    "logger.num_images": whole(1, STEPS),
+    "logger.init_timeout": number(1, 86_400),
+    "logger.finish_timeout": number(1, 86_400),
 }

@@ -5,6 +5,7 @@ from tnt_lightning import signals
 signals.hold()  # first of all: of a SLURM job whose time is over while it still imports
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -117,7 +118,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str]) -> dict[str, Any]:
     import lightning as L
 
-    from tnt_lightning import ranks, runs, show
+    from tnt_lightning import memory, ranks, runs, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Checkpoints, Finite, Throughput
     from tnt_lightning.curves import Curves
@@ -168,8 +169,17 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     ranks.join(trainer, faults["timeout_s"])
     data.trainer = trainer
     loader, limit = data.train_dataloader(), trainer.limit_train_batches  # what does not fit is said here, before anything is written
-    if not (limit if isinstance(limit, int) else int(limit * len(loader))) or trainer.max_steps == 0:
+    batches = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+    if not batches or trainer.max_steps == 0:
         raise UserError("no training step is left; raise trainer.limit_train_batches or trainer.max_steps")
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > batches and trainer.limit_val_batches:
+        raise UserError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; lower it, or give a share of the epoch: 0.5")
+    if (pixels := 5 * data.device_batch * math.prod(data.input_size)) > memory.total():  # its pixels, as they are loaded and normalised
+        raise UserError(
+            f"data.batch_size={data.batch_size}: the pixels of {data.device_batch} images of image_size={config['image_size']} take "
+            f"{pixels / 2**30:,.0f} GiB, and this machine has {memory.total() / 2**30:,.0f}; lower one of the two"
+        )
     with dashboard, ranks.together(trainer):
         if trainer.is_global_zero:
             hints = runs.unfinished(config, beside=run)[:1] if config["resume"] is None and origin is None else []

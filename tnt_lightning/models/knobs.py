@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from tnt_lightning.errors import UserError
 
+LARGEST = 65_536  # of any knob that counts something: beyond it no image, patch or network lies, but sums that take for ever
+
 
 def divisors(n: int) -> list[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
@@ -13,10 +15,12 @@ def word_counts(patch_size: int) -> list[int]:
     return [k * k for k in divisors(patch_size)]
 
 
-def check_whole(lowest: int = 1, **knobs: int) -> None:
+def check_whole(lowest: int = 1, highest: int = LARGEST, **knobs: int) -> None:
     for name, value in knobs.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
             raise UserError(f"{name}={value!r} is not a whole number of at least {lowest}")
+        if value > highest:
+            raise UserError(f"{name}={value} is more than can be built; at most {highest:,}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -62,7 +66,7 @@ def check_blocks(tnt_blocks: Sequence[int] | None, depth: int) -> set[int]:
     if tnt_blocks is None:
         return set(range(1, depth + 1))
     known = isinstance(tnt_blocks, Sequence) and not isinstance(tnt_blocks, str)
-    if not known or any(not isinstance(n, int) or not 1 <= n <= depth for n in tnt_blocks) or len(set(tnt_blocks)) != len(tnt_blocks):
+    if not known or any(type(n) is not int or not 1 <= n <= depth for n in tnt_blocks) or len(set(tnt_blocks)) != len(tnt_blocks):
         raise UserError(
             f"tnt_blocks={tnt_blocks!r} does not name distinct blocks from 1 to depth={depth}; try {sorted({1, depth})}, or null for all"
         )

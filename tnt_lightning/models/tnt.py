@@ -8,7 +8,7 @@ The architecture is that of the official code, where it and the paper's text dif
 """
 
 from collections.abc import Sequence
-from math import inf, isqrt
+from math import isqrt
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -235,10 +235,11 @@ class TNT(nn.Module):
     ):
         super().__init__()
         knobs.check_whole(
-            patch_size=patch_size, in_chans=in_chans, words_per_patch=words_per_patch, outer_dim=outer_dim,
-            outer_heads=outer_heads, inner_heads=inner_heads, depth=depth,
+            patch_size=patch_size, in_chans=in_chans, outer_dim=outer_dim, outer_heads=outer_heads, inner_heads=inner_heads
         )  # fmt: skip
-        knobs.check_whole(lowest=0, num_classes=num_classes)
+        knobs.check_whole(highest=1_000, depth=depth)
+        knobs.check_whole(highest=knobs.LARGEST**2, words_per_patch=words_per_patch)
+        knobs.check_whole(lowest=0, highest=2**24, num_classes=num_classes)
         knobs.check_words(words_per_patch, patch_size)
         if inner_dim is None:
             if outer_dim % words_per_patch:
@@ -254,8 +255,9 @@ class TNT(nn.Module):
         knobs.check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
         knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
         knobs.check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        if not isinstance(mlp_ratio, (int, float)) or isinstance(mlp_ratio, bool) or not 1 <= min(inner_dim, outer_dim) * mlp_ratio < inf:
-            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit, or infinitely many; the paper's is 4")
+        is_number = isinstance(mlp_ratio, (int, float)) and not isinstance(mlp_ratio, bool)
+        if not is_number or not mlp_ratio <= 1_000 or not min(inner_dim, outer_dim) * mlp_ratio >= 1:
+            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit, or more than a thousand for each; the paper's is 4")
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
             if not isinstance(value, bool):
                 raise UserError(f"{name}={value!r} is neither true nor false")

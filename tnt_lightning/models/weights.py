@@ -4,6 +4,7 @@ Only safetensors, and torch files that hold tensors and plain data, are read: no
 """
 
 import argparse
+import functools
 import pickle
 import re
 import sys
@@ -235,13 +236,19 @@ def _empty(name: str) -> nn.Module:
 def _twin(model: nn.Module) -> str | None:
     """The model of conf/model/ with released weights that `model` is, whatever its image size and number of classes."""
 
-    def shapes(module: nn.Module) -> dict[str, Any]:
-        free = {_position(module), *_head_names(module)}
-        same = {name: tensor.shape for name, tensor in module.state_dict().items() if name not in free}
-        return same | _unseen_knobs(module) | {"global_pool": getattr(module, "global_pool", None)}
+    wanted = _shapes(model)
+    return next((name for name, shapes in _released_shapes().items() if shapes == wanted), None)
 
-    wanted = shapes(model)
-    return next((name for name in model_names() if _card(name) and shapes(_empty(name)) == wanted), None)
+
+@functools.cache  # to build them takes longer than to read a file
+def _released_shapes() -> dict[str, dict[str, Any]]:
+    return {name: _shapes(_empty(name)) for name in model_names() if _card(name)}
+
+
+def _shapes(model: nn.Module) -> dict[str, Any]:
+    free = {_position(model), *_head_names(model)}
+    same = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in free}
+    return same | _unseen_knobs(model) | {"global_pool": getattr(model, "global_pool", None)}
 
 
 def _released(model: nn.Module) -> str:
