@@ -279,6 +279,17 @@ def test_an_error_of_rank_0_ends_the_others(two, capfd):
     assert trainer.strategy.launcher.procs[0].poll() == -signal.SIGKILL and left == [2] and capfd.readouterr().err == ""
 
 
+def test_a_mistake_of_all_ranks_is_said_where_another_ended_first(two, capfd):
+    make, left = two
+    ranks.join(trainer := make(), 7)
+    trainer.strategy.launcher.procs = [other := subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])]
+    other.wait()
+    assert trainer.strategy.launcher.watch.settled()
+    with pytest.raises(UserError, match="a mistake"), ranks.together(trainer):
+        raise UserError("a mistake")
+    assert left == [2] and capfd.readouterr().err == ""
+
+
 def test_a_run_from_before_there_was_a_time_out_is_measured(finished, tmp_path, capsys):
     old = tmp_path / "run"
     shutil.copytree(finished, old)

@@ -202,7 +202,8 @@ class _First(_Watch):
                 self.code = _code_of(error)
                 self._kill_others()
         atexit.register(_leave, self.code)
-        if spoken:
+        # A mistake that every rank finds is for rank 0 to say, also where another was quicker to end for it.
+        if spoken and not isinstance(error, UserError):
             raise SystemExit(self.code) from None
 
 
