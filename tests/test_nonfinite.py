@@ -130,7 +130,7 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
 
 
 def test_a_learning_rate_that_explodes_ends_in_one_line(tmp_path):
-    done = command("train", "optimizer=sgd", "optimizer.lr=1e4", "recipe.epochs=2", "recipe.warmup_epochs=0", "logger=csv", "recipe.clip_grad=null",
-                   f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)  # fmt: skip
+    explode = ("optimizer=sgd", "optimizer.lr=1e4", "recipe.clip_grad=null", "recipe.epochs=2", "recipe.warmup_epochs=0", "logger=csv")
+    done = command("train", *explode, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and "optimizer.lr" in errors[0] and "Traceback" not in done.stderr, done.stderr
