@@ -7,6 +7,7 @@ row of metrics.csv, the figures of result.json, and every image that training as
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -43,6 +44,7 @@ def work(run: Path, arguments: Sequence[str]) -> NoReturn:
     code = 1
     try:
         os.setsid()
+        multiprocessing.set_start_method("fork", force=True)  # loaders' workers, too, note what they read
         out = os.open(run.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(out, 1)
         os.dup2(out, 2)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import command, composed, fail
 from tnt_lightning.config import changes, check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
@@ -38,8 +39,10 @@ def find_directory() -> None:
         config = composed([arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("resume=")])
         if config is None:  # Hydra says what is wrong with it
             return
-        place = given.get("hydra.run.dir") or config.hydra.run.dir
-        found = runs.unfinished(_plain(config), beside=Path(place))
+        try:
+            found = runs.unfinished(_plain(config), beside=Path(given.get("hydra.run.dir") or config.hydra.run.dir))
+        except OmegaConfBaseException:  # as above
+            return
         sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "resume=latest"]
         if not found:
             print("no unfinished run of this configuration: a new one")
@@ -56,8 +59,8 @@ def find_directory() -> None:
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    for key in ("grid", "released", "hydra"):  # facts about the model, not choices of this run
+    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
+    for key in ("grid", "released"):  # facts about the model, not choices of this run
         plain.pop(key, None)
     return plain
 

@@ -77,7 +77,7 @@ class TrainOrder(Sampler):
 
     The order depends on (seed, epoch), and the seed of an image's augmentation on (seed, epoch, index, repeat). Repeats of an image
     fall on different ranks where there are as many (repeated augmentation, arXiv 1901.09335); an epoch stays as long as without.
-    start: images of this rank to leave out, the next time only, to go on in the middle of an epoch
+    start: images of this rank to leave out, the next time only and of this epoch only, to go on in its middle
     """
 
     def __init__(self, size: int, *, total: int, repeats: int, rank: int, world: int, seed: int, start: int = 0):
@@ -85,7 +85,8 @@ class TrainOrder(Sampler):
         self.epoch, self.start = 0, start
 
     def set_epoch(self, epoch: int) -> None:  # Lightning calls it
-        self.epoch = epoch
+        if epoch != self.epoch:  # of the epoch before nothing was left
+            self.epoch, self.start = epoch, 0
 
     def __len__(self) -> int:
         return self.total // self.world
@@ -312,23 +313,23 @@ class ImageDataModule(L.LightningDataModule):
         if size < self.batch_size:
             raise UserError(f"data.batch_size={self.batch_size} is larger than the training set of {size} images; lower it")
         (epoch, batch), self.begin = self.begin, (0, 0)
-        order = self._order(self.rank, start=batch * self.device_batch)
-        order.set_epoch(epoch)  # Lightning sets it when workers have drawn from it already
+        order = self._order(self.rank, epoch, start=batch * self.device_batch)
         skipped = None if self.on_error == "stop" else str(self.skipped or "")
         return self._loader(Transformed(self._images(self.parts.train), self.train_transform, self.mode, skipped), order)
 
     def train_indices(self, epoch: int, batches: Iterable[int], *, rank: int) -> list[int]:
         """Which training images a rank gets in some batches of an epoch."""
-        order = self._order(rank)
-        order.set_epoch(epoch)
+        order = self._order(rank, epoch)
         mine = [index for index, _ in order]
         return [index for batch in batches for index in mine[batch * self.device_batch : (batch + 1) * self.device_batch]]
 
-    def _order(self, rank: int, start: int = 0) -> TrainOrder:
+    def _order(self, rank: int, epoch: int, start: int = 0) -> TrainOrder:
         assert self.parts is not None
         size = len(self.parts.train.labels)
         total = size // self.batch_size * self.batch_size
-        return self._train_order(size, total=total, repeats=self.repeats, rank=rank, world=self.world, seed=self.seed, start=start)
+        order = self._train_order(size, total=total, repeats=self.repeats, rank=rank, world=self.world, seed=self.seed, start=start)
+        order.epoch = epoch  # Lightning sets it when workers have drawn from it already
+        return order
 
     def _train_order(self, size: int, **arguments: Any) -> TrainOrder:
         return TrainOrder(size, **arguments)
