@@ -335,3 +335,61 @@ def test_what_cannot_be_written_is_found_before_training_starts(tmp_path):
             train(folder, *SHORT)
     done = command("train", *SHORT, "hydra.run.dir=/proc/run", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: /proc/run: ") and len(done.stderr.splitlines()) == 1
+
+
+# ---- several devices
+
+
+def two_ranks(run: Path, *overrides: str) -> subprocess.Popen:
+    line = [sys.executable, "-m", "tests.witnessed", *SHORT, "trainer.accelerator=cpu", "trainer.devices=2", *overrides]
+    out = run.with_suffix(".out").open("a")
+    return subprocess.Popen([*line, f"hydra.run.dir={run}"], cwd=Path(__file__).parents[1], stdout=out, stderr=out, start_new_session=True)
+
+
+def rank_1(process: subprocess.Popen) -> int:
+    """Its process number."""
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if b"LOCAL_RANK=1" in environ.read_bytes().split(b"\0") and os.getpgid(int(environ.parent.name)) == process.pid:
+                return int(environ.parent.name)
+        except OSError:
+            continue
+    raise AssertionError("no second rank")
+
+
+def wait_for(process: subprocess.Popen, run: Path, batches: int) -> None:
+    goal = time.monotonic() + 150
+    while len(soak.lines(run.with_suffix(".steps"))) < batches:
+        assert process.poll() is None and time.monotonic() < goal, run.with_suffix(".out").read_text()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second rank in /proc")
+def test_two_ranks_of_which_one_is_killed_or_told_to_stop_go_on_to_the_same_bits(tmp_path):
+    """And then one device takes the rest, with a line that says what is no longer exact."""
+    mixing = ("+recipe.augmentation.mixup=0.8", "data.num_workers=1")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert two_ranks(whole, *mixing).wait(300) == 0, whole.with_suffix(".out").read_text()
+
+    killed = two_ranks(run, *mixing)
+    wait_for(killed, run, 2 * 11)
+    os.kill(rank_1(killed), signal.SIGKILL)
+    assert killed.wait(30) == 137
+    stopped = two_ranks(run, *mixing)
+    wait_for(stopped, run, 2 * 15)
+    shutil.copytree(run, tmp_path / "other")
+    os.kill(rank_1(stopped), signal.SIGTERM)
+    assert stopped.wait(30) == 143
+    said = run.with_suffix(".out").read_text()
+    assert said.count("goes on from") == 1 and said.count("stopped by SIGTERM") == 1 and "Traceback" not in said, said
+    assert two_ranks(run, *mixing).wait(300) == 0, run.with_suffix(".out").read_text()
+    assert soak.differences(whole, run) == []
+
+    (tmp_path / "other" / "result.json").unlink(missing_ok=True)
+    alone = Started(tmp_path / "other", *SHORT, *mixing, "trainer.accelerator=cpu", "trainer.devices=1")
+    assert alone.ended() == 0, alone.said
+    assert "note   2 device(s) x 1 accumulation step(s) before, 1 x 1 now: the same images in the same steps, but" in alone.said
+    assert runs.result_of(tmp_path / "other")["steps"] == 24
+    seen, theirs = (set(soak.lines(file.with_suffix(".seen"))) for file in (tmp_path / "other", whole))
+    assert seen and seen <= theirs, "the same images with the same pixels"
