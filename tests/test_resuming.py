@@ -365,7 +365,6 @@ def wait_for(process: subprocess.Popen, run: Path, batches: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the second rank in /proc")
 def test_two_ranks_of_which_one_is_killed_or_told_to_stop_go_on_to_the_same_bits(tmp_path):
     """And then one device takes the rest, with a line that says what is no longer exact."""
     mixing = ("+recipe.augmentation.mixup=0.8", "data.num_workers=1")

@@ -116,6 +116,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
             if (broken := result.get("skipped_images"))
             else []
         ),
+        *([("steps left out", f"{steps}, listed in nonfinite.jsonl")] if (steps := result.get("skipped_steps")) else []),
         ("time, without start-up", f"{result['wall_s']:.0f} s"),
     ]
 
