@@ -132,9 +132,10 @@ def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_last_checkpoint(tmp_path)
     for _ in range(25):
         process = FORKS.Process(target=_save_for_ever, args=(file, str(elsewhere)))
         process.start()
-        while not file.exists():
-            time.sleep(0.005)
-        time.sleep(0.05 + draw.random() * 0.3)
+        before = file.stat().st_mtime_ns if file.exists() else 0
+        while not file.exists() or file.stat().st_mtime_ns == before:
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.05)
         process.kill()
         process.join()
         content = read(file)
@@ -271,9 +272,10 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, whole, number, code):
     assert first.send(number).ended() == code
     assert f"stopped by {signal.Signals(number).name} at step" in first.said and "Traceback" not in first.said
     step = read(runs.checkpoint_path(run, "last"))["position"]["step"]
-    assert step >= 11
+    assert step >= 10
     went_on(run, "checkpoint.every_n_steps=null", "data.num_workers=1")
-    assert soak.differences(whole, run) == [f"{name}.ckpt: .position.num_workers" for name in ("last", "best")]
+    differ = [line for line in soak.differences(whole, run) if not line.startswith("seen: 0 missing")]  # a worker reads ahead
+    assert differ == [f"{name}.ckpt: .position.num_workers" for name in ("last", "best")]
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
