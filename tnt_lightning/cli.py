@@ -94,7 +94,8 @@ def _known(error: Exception) -> UserError | None:
         return error
     hydra = HydraConfig.get()
     run = Path(hydra.runtime.output_dir)
-    return explained(error, run=run if (run / "config.yaml").exists() else None, resumable=hydra.mode == RunMode.RUN)
+    writes = hydra.output_subdir is not None or (run / "config.yaml").exists()
+    return explained(error, run=run if writes else None, resumable=hydra.mode == RunMode.RUN)
 
 
 def _clear(hydra: Any) -> None:
