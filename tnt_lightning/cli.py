@@ -186,7 +186,7 @@ def answer(error: Exception, overrides: list[str] | None = None, *, config_name:
 def _reads(override: str) -> bool:
     try:
         OverridesParser.create().parse_override(override)
-    except OverrideParseException:
+    except HydraException:  # which OverrideParseException is too
         return False
     return True
 
