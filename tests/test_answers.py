@@ -61,6 +61,8 @@ MISTAKES = {
     "recipe.ema_decay=1.5": "recipe.ema_decay=1.5 is not a number from 0 to 1 or null",
     "weights=2024": "weights=2024 is not text or null; quote it: weights=\"'2024'\"",
     "se=maybe": "se='maybe' is neither true nor false",
+    "model.global_pool=": "model.global_pool='': logits for each token, of which a classifier cannot be trained; try token or avg",
+    "data/x.y=2": "data/x.y=2: not of the form KEY=VALUE",
     "seed=???": "seed=???: no value; give one, or null where there is to be none",
     "seed=${nowhere}": "seed: Interpolation key 'nowhere' not found",
     # larger than anything

@@ -324,6 +324,7 @@ TEXTS = [
     *("???", "${seed}", "${nowhere}", "${oc.env:NOWHERE}", "[]", "[1]", "[1,2]", "{}", "{a:1}", "[[", "}", "'", '"', "'a b'", "a b", "é"),
     *("1,2", "choice(1,2)", "range(1,3)", "glob(*)", "\\", "a=b", "~/x", "a:b", "$", "\n", "\t", "!!python/object:os.system", ".", "日本"),
 ]
+UNREADABLE = {"[[", "}", "'", '"', "\\", "a=b", "~/x", "$", "\n", "\t", "1,2", "range(1,3)", "choice(1,2)", "glob(*)"}
 OPTIONS = [
     *("-m", "--multirun", "--cfg", "--cfg=job", "--cfg=all", "--info", "--info=plugins", "--resolve", "--package=data", "-p", "--help"),
     *("--config-name=nothing", "--config-dir=/nowhere", "--config-path=/nowhere", "--experimental-rerun=/nowhere", "-x", "--", "-"),
@@ -350,6 +351,16 @@ def overrides(draw: st.DrawFn) -> str:
     odd = st.text("ab01.,=[]{}()'\"$:~-+ \\é*/%#!?", max_size=8)
     value = draw(st.sampled_from(TEXTS) | odd)
     return draw(st.sampled_from(["", "", "", "+", "++", "~"])) + key + draw(st.sampled_from(["=", "=", "=", "=", ""])) + value
+
+
+@st.composite
+def well_formed(draw: st.DrawFn) -> str:
+    """An override that Hydra can read, so that it goes as far as its value lets it."""
+    key = draw(st.sampled_from(keys("digits")))
+    readable = [text for text in TEXTS if text not in UNREADABLE]
+    quoted = st.text("ab01 .,=é\n\t{}[]$", max_size=6).map(lambda text: f'"{text}"' if "${" not in text else "x")
+    numbers = (st.integers() | st.floats()).map(str) | st.integers(-2, 9).map(str)
+    return f"++{key}={draw(st.sampled_from(readable) | quoted | numbers)}"
 
 
 def ends(name: str, arguments: list[str], folder: Path) -> tuple[Any, str]:
@@ -383,12 +394,20 @@ def a_command_line(name: str, fuzz: list[str], folder: Path) -> list[str]:
     where = [f"hydra.run.dir={folder / 'run'}", f"hydra.sweep.dir={folder / 'sweep'}"] if name == "train" else []
     small = ["trainer=debug", "logger=csv"] if name == "train" else []
     silent = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-    return [*small, *fuzz, *(TAMED if name != "benchmark" else []), *where, *silent]
+    options = [argument for argument in fuzz if argument.startswith("-")]  # first: argparse takes no overrides after them otherwise
+    return [
+        *options,
+        *small,
+        *(argument for argument in fuzz if argument not in options),
+        *(TAMED if name != "benchmark" else []),
+        *where,
+        *silent,
+    ]
 
 
 @pytest.mark.slow
 @examples(60)
-@given(fuzz=st.lists(overrides(), min_size=1, max_size=3))
+@given(fuzz=st.lists(overrides(), min_size=1, max_size=3) | st.lists(well_formed(), min_size=1, max_size=1))
 def test_no_command_line_ends_in_a_traceback(tmp_path_factory, fuzz):
     folder = tmp_path_factory.mktemp("fuzz")
     arguments = a_command_line("train", fuzz, folder)

@@ -44,6 +44,8 @@ def build_classifier(config: Config) -> Classifier:
     if recipe["warmup_epochs"] >= epochs:
         raise UserError(f"recipe.warmup_epochs={recipe['warmup_epochs']} is not shorter than trainer.max_epochs={epochs}; lower it")
     _refuse_sections("optimizer", config["optimizer"])
+    if config["model"].get("global_pool") == "":
+        raise UserError("model.global_pool='': logits for each token, of which a classifier cannot be trained; try token or avg")
     _refuse_too_large(config)
     classifier = Classifier(
         build_model(**config["model"]),

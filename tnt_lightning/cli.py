@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -184,12 +185,20 @@ def answer(error: Exception, overrides: list[str] | None = None, *, config_name:
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
         quoted = f"Hydra does not read such a value bare; quote it: {key}=\"'{value}'\""
-        return f"{error.override}: {quoted if equals else 'not of the form KEY=VALUE'}"
+        return f"{error.override}: {quoted if equals and _reads(f'{key}=x') else 'not of the form KEY=VALUE'}"
     if match := re.search(r"Ambiguous value for argument '(.+)'", text):
         return f"{match[1]}: several values are a sweep; start it with -m first: {as_sweep()}"
     if "recipe.lr" in text and "interpolation" in text:
         return "recipe.lr is a rate for each optimizer; set optimizer.lr for the rate of this run"
     return _first_line(error)
+
+
+def _reads(override: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:  # which OverrideParseException is too
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:
