@@ -433,6 +433,16 @@ def test_online_and_continued_it_is_one_run(tmp_path, there, capsys):
     assert [row["trainer/global_step"] for row in after if "train/loss" in row] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_run_that_goes_on_in_its_own_directory_stays_one_run(tmp_path, there):
+    train(tmp_path / "run", *SHORT)
+    (tmp_path / "run" / "result.json").unlink()
+    train(tmp_path / "run", *SHORT, "recipe.epochs=3")
+    [history] = there.history.values()
+    assert [json.loads(row)["_step"] for row in history] == list(range(len(history)))
+    assert [row["trainer/global_step"] for row in map(json.loads, history) if "train/loss" in row] == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((tmp_path / "run" / "wandb.json").read_text())["folders"] == [str(tmp_path / "run" / "wandb")]
+
+
 def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_path, there, nobody, capsys):
     nobody.setenv("WANDB_MODE", "offline")  # no server is asked yet
     random = (*SHORT, "recipe.drop_path_rate=0.1", "+recipe.augmentation.mixup=0.8", "logger.images_every=1")

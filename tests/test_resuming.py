@@ -394,3 +394,10 @@ def test_two_ranks_of_which_one_is_killed_or_told_to_stop_go_on_to_the_same_bits
     assert runs.result_of(tmp_path / "other")["steps"] == 24
     seen, theirs = (set(soak.lines(file.with_suffix(".seen"))) for file in (tmp_path / "other", whole))
     assert seen and seen <= theirs, "the same images with the same pixels"
+
+
+def test_a_flipped_bit_is_not_evaluated(cut):
+    file = runs.checkpoint_path(cut, "last")
+    file.write_bytes(DAMAGES["flipped"](file.read_bytes()))
+    with pytest.raises(UserError, match=f"{file}: damaged"):
+        load_run(file)

@@ -296,8 +296,9 @@ class Finite(Callback):
 
     policy: "stop", or "skip" for at most in_a_row steps one after the other
     run: the directory whose nonfinite.jsonl gets a line for each such step, with all of the batch's images
-    lag: steps after which the device is asked; None: 0 on the CPU and where the optimizer cannot leave a step out by itself, otherwise 2,
-        so that the device never waits for the answer
+    lag: steps after which the device is asked; None: 0 on the CPU, and 2 on a GPU, which so never waits for the answer. A fused optimizer
+        leaves the step out by itself; another one takes it, and training stops before anything is saved. To skip steps, that one is
+        asked at once.
     """
 
     def __init__(self, run: Path, *, policy: str = "stop", in_a_row: int = 10, lag: int | None = None):
@@ -327,7 +328,7 @@ class Finite(Callback):
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         fused = bool(optimizer.defaults.get("fused"))
-        lag = self.lag if self.lag is not None else 2 if bad.is_cuda and (fused or scaled) else 0
+        lag = self.lag if self.lag is not None else 2 if bad.is_cuda and (fused or scaled or self.policy == "stop") else 0
         if lag and fused and not scaled:
             optimizer.found_inf = bad  # torch's fused steps do nothing where it is 1
         here = {
