@@ -31,7 +31,7 @@ def find_directory() -> None:
     it stays as it is."""
     if "LOCAL_RANK" in os.environ or {"-m", "--multirun", "--cfg", "-c", "--help", "-h"} & set(sys.argv[1:]):
         return
-    given = {key: value for key, _, value in (arg.partition("=") for arg in sys.argv[1:])}
+    given = {key: value.strip("'\"") for key, _, value in (arg.partition("=") for arg in sys.argv[1:])}
     again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and "hydra.run.dir" not in given and "resume" not in given
     if given.get("resume") == "latest" or again:
         from tnt_lightning import runs
@@ -49,7 +49,8 @@ def find_directory() -> None:
         else:
             sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("hydra.run.dir=")]
             given["hydra.run.dir"] = str(found[0])
-            sys.argv.append(f"hydra.run.dir='{found[0]}'")
+            quoted = str(found[0]).replace("'", "\\'")
+            sys.argv.append(f"hydra.run.dir='{quoted}'")
     if "hydra.run.dir" in given and (Path(given["hydra.run.dir"]) / "config.yaml").exists():
         from tnt_lightning import runs
 
@@ -71,9 +72,9 @@ def main(config: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     check(config, hydra.runtime.choices["model"])
     plain = _plain(config)
+    if plain["resume"] == "latest":  # otherwise `find_directory` has found it
+        raise UserError("resume=latest is for the command line of a single run; hydra.run.dir=RUN goes on with any")
     if hydra.mode == RunMode.MULTIRUN:
-        if plain["resume"] == "latest":
-            raise UserError("resume=latest: each job of a sweep is a run of its own; go on with one by hydra.run.dir=SWEEP/JOB")
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
             plain["trainer"]["devices"] = 1
