@@ -382,8 +382,12 @@ def test_two_ranks_of_which_one_is_killed_or_told_to_stop_go_on_to_the_same_bits
     shutil.copytree(run, tmp_path / "other")
     os.kill(rank_1(stopped), signal.SIGTERM)
     assert stopped.wait(30) == 143
+    stopped = two_ranks(run, *mixing)
+    wait_for(stopped, run, 2 * 19)
+    os.killpg(stopped.pid, signal.SIGTERM)  # as SLURM does: to loaders' workers, too
+    assert stopped.wait(30) == 143
     said = run.with_suffix(".out").read_text()
-    assert said.count("goes on from") == 1 and said.count("stopped by SIGTERM") == 1 and "Traceback" not in said, said
+    assert said.count("goes on from") == 2 and said.count("stopped by SIGTERM") == 2 and "Traceback" not in said, said
     assert two_ranks(run, *mixing).wait(300) == 0, run.with_suffix(".out").read_text()
     assert soak.differences(whole, run) == []
 
