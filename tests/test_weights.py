@@ -89,7 +89,7 @@ def test_every_format_gives_the_same_logits(tmp_path, timms, format):
     theirs, ours = timms["tnt_s"], create_model("tnt_s").eval()
     WRITERS[format](theirs.state_dict(), tmp_path / format)
     loaded = load_weights(ours, tmp_path / format)
-    assert loaded.changes == [] and loaded.published == (81.5, "tnt_s") and loaded.epochs is None
+    assert loaded.changes == [] and loaded.published == (81.5, "tnt_s")
     assert loaded.name == f"{tmp_path / format}{' (state_dict_ema)' if format.startswith('trainer') else ''}"
     assert loaded.preprocessing == dict(mean=[0.5] * 3, std=[0.5] * 3, crop_pct=0.9, interpolation="bicubic")
     batch = torch.randn(2, 3, 224, 224)
@@ -149,7 +149,7 @@ def test_timms_own_networks_take_timms_files(tmp_path):
 def test_a_run_gives_its_weights_and_its_pixels(finished):
     model = create_model("tnt_digits", in_chans=1, num_classes=10)
     loaded = load_weights(model, finished)
-    assert loaded.changes == [] and loaded.epochs in (1, 2) and loaded.published is None
+    assert loaded.changes == [] and loaded.published is None
     assert loaded.preprocessing == dict(mean=0.0, std=1.0, crop_pct=1.0, interpolation="bicubic")
     same = load_run(finished).state_dict()
     assert all(torch.equal(tensor, same[name]) for name, tensor in model.state_dict().items())
