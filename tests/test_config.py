@@ -180,5 +180,5 @@ def test_a_run_from_before_a_key_was_there_is_continued():
     now = resolved("data=digits")
     before = {**now, "data": {key: value for key, value in now["data"].items() if key not in ("subset", "on_error", "download", "cache")}}
     refuse_to_continue(before, now)
-    with pytest.raises(UserError, match="data.val_fraction=0.5: the run to continue had None"):
+    with pytest.raises(UserError, match="data.val_fraction=0.5: the run to continue had null"):
         refuse_to_continue(before, resolved("data=digits", "data.val_fraction=0.5"))

@@ -305,7 +305,7 @@ def test_the_project_of_the_environment_wins_over_the_default(nobody):
     ("logger.mode=ofline", "logger.mode=ofline is not one of auto, online, offline, disabled"),
     ("logger.images_every=-1", "logger.images_every=-1 is not a whole number from 0 to 1,000,000,000"),
     ("logger.num_images=0", "logger.num_images=0 is not a whole number from 1 to 1,000,000,000"),
-    ("logger.init_timeout=soon", "logger.init_timeout=soon is not a number from 1 up"),
+    ("logger.init_timeout=soon", "logger.init_timeout=soon is not a number from 1 to 86,400"),
     ("logger.project=a/b", "logger.project=a/b is not a name of at most 128 characters"),
     ("logger.project=null", "logger.project=null is not a name"),
     ("logger.group=3", "logger.group=3 is not text or null; quote it: logger.group=\"'3'\""),

@@ -126,7 +126,7 @@ def read(file: Path) -> dict[str, Any]:
     except Exception as error:  # of whatever bytes these are; torch's own text would advise to load them unsafely
         size = file.stat().st_size
         why = "empty" if not size else "truncated, or no checkpoint" if isinstance(error, zipfile.BadZipFile) else type(error).__name__
-        raise UserError(f"{file}: damaged, or more than tensors and plain data ({why})") from None
+        raise UserError(f"{file}: not a file of tensors and plain data, or a damaged one ({why})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UserError(f"{file}: no checkpoint of a run")
     return content
