@@ -119,6 +119,19 @@ def test_with_a_lag_training_stops_with_weights_that_were_not_touched(tmp_path):
     assert all(torch.equal(tensor, before[22][name]) for name, tensor in module.state_dict().items())
 
 
+def test_float16_whose_gradients_never_become_finite_stops(tmp_path):
+    """Its scaler leaves steps out on its way to a fitting scale, which takes it sixteen at most."""
+
+    class Scaled(Poison):
+        def on_train_start(self, trainer, module):
+            trainer.precision_plugin.scaler = self  # the CPU has no float16 training: that there is one is all that is looked at
+
+    scaled = Scaled(*range(5, 99), what=math.inf, gradient=True)
+    fit(classifier(), Scaled(*range(5, 30), what=math.inf, gradient=True), Finite(tmp_path))
+    with pytest.raises(UserError, match="the gradient is not finite at step 45"):
+        fit(classifier(), scaled, Finite(tmp_path), epochs=4)
+
+
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
     class Ruin(Callback):
         def on_train_epoch_end(self, trainer, module):

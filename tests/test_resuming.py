@@ -17,6 +17,7 @@ import torch
 
 from tnt_lightning import load_run, runs
 from tnt_lightning.checkpoints import WholeFiles, read
+from tnt_lightning.cli import quoted
 from tnt_lightning.errors import UserError
 
 from . import soak
@@ -187,6 +188,33 @@ def test_where_no_checkpoint_is_whole_all_are_listed(cut, tmp_path):
     assert "Traceback" not in again.said
 
 
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(cut, whole):
+    """It goes on from previous.ckpt, cannot write, and goes on again."""
+    last = runs.checkpoint_path(cut, "last")
+    last.write_bytes(DAMAGES["flipped"](last.read_bytes()))
+    before = runs.checkpoint_path(cut, "previous").read_bytes()
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000)); from tnt_lightning.train import main; main()"
+    line = [sys.executable, "-c", small, *SHORT, f"hydra.run.dir={cut}"]
+    done = subprocess.run(line, cwd=cut.parent, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and f"error: {last}: larger than a file may be here" in done.stderr, done.stderr
+    assert runs.checkpoint_path(cut, "previous").read_bytes() == before and last.with_suffix(".damaged").exists() and not last.exists()
+    went_on(cut)
+    assert soak.differences(whole, cut) == []
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_one_before(cut):
+    before = {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
+    small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); from tnt_lightning.train import main; main()"
+    (cut / "config.yaml").write_text((cut / "config.yaml").read_text() + "# " + "x" * 6000 + "\n")
+    before[cut / "config.yaml"] = (cut / "config.yaml").read_bytes()
+    line = [sys.executable, "-c", small, *SHORT, "recipe.min_lr=0", f"hydra.run.dir={cut}"]
+    done = subprocess.run(line, cwd=cut.parent, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "larger than a file may be here" in done.stderr, done.stderr
+    assert {file: file.read_bytes() for file in cut.rglob("*") if file.is_file() and file.name != "train.log"} == {
+        file: content for file, content in before.items() if file.name != "train.log"
+    }
+
+
 def test_a_best_checkpoint_that_is_gone_is_chosen_anew(cut):
     runs.checkpoint_path(cut, "best").unlink()
     said = went_on(cut).said
@@ -219,6 +247,55 @@ def test_latest_is_the_newest_unfinished_run_of_the_configuration(cut, whole, tm
     assert same(weights(newer), weights(whole)) and len(list(days.glob("*/*"))) == 3
     new = command("train", *overrides, "seed=3", "resume=latest", "recipe.epochs=2", cwd=tmp_path)
     assert new.returncode == 0 and "no unfinished run of this configuration: a new one" in new.stdout and len(list(days.glob("*/*"))) == 4
+
+
+@pytest.mark.parametrize("where", ["a=b", "it's", "with space"])
+def test_any_directory_goes_on_and_a_refused_start_changes_nothing_in_it(cut, where):
+    run = cut.with_name(where)
+    cut.rename(run)
+    for kind in (".steps", ".seen", ".out"):
+        cut.with_suffix(kind).rename(run.with_suffix(kind))
+    before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file() and file.name != "train.log"}
+    asked = quoted("hydra.run.dir", run)
+    refused = command("train", *SHORT, "seed=5", asked, cwd=run.parent)
+    assert refused.returncode == 2 and "seed=5: the run to continue had 0" in refused.stderr
+    after = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.rglob("*") if file.is_file() and file.name != "train.log"}
+    assert {k: v for k, v in after.items() if k.name != ".lock"} == {k: v for k, v in before.items() if k.name != ".lock"}
+    if where == "a=b":
+        done = command("train", *SHORT, "++resume=latest", "--config-dir=.", cwd=run.parent, env={**os.environ, "COLUMNS": "200"})
+        assert done.returncode == 0 and "no unfinished run" in done.stdout, done.stderr  # beside it there is none: outputs/ is empty
+        named = command("train", *SHORT, asked, "resume=latest", cwd=run.parent)
+        assert named.returncode == 0 and runs.result_of(run), named.stderr
+
+
+def test_a_refused_start_leaves_folders_that_were_there(tmp_path):
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    done = command("train", "data.batch_size=5000", f"hydra.run.dir={tmp_path / 'mine' / 'run'}", cwd=tmp_path)
+    assert done.returncode == 2 and (tmp_path / "mine" / "run").is_dir() and not list((tmp_path / "mine" / "run").iterdir())
+
+
+def test_a_run_from_another_that_is_cut_off_at_once_begins_there_again(cut, whole):
+    run = cut.with_name("more")
+    Started(run, *SHORT, f"resume={cut}", "checkpoint.every_n_steps=null").after(1).send(signal.SIGKILL).ended()
+    assert not list((run / "checkpoints").glob("*.ckpt"))
+    again = went_on(run)
+    assert f"goes on from {runs.checkpoint_path(cut, 'last')}" in again.said
+    assert same(weights(run), weights(whole))
+
+
+def test_other_images_are_not_gone_on_with(tmp_path):
+    train(tmp_path / "run", *SHORT, "recipe.epochs=2")
+    (tmp_path / "run" / "result.json").unlink()
+    checkpoint = torch.load(runs.checkpoint_path(tmp_path / "run", "last"), weights_only=True)
+    checkpoint["position"]["train_images"] = 1000
+    torch.save(checkpoint, runs.checkpoint_path(tmp_path / "run", "last"))
+    with pytest.raises(UserError, match="1,222 training images, and the run to continue had 1,000"):
+        train(tmp_path / "run", *SHORT, "recipe.epochs=2")
+
+
+def test_a_validation_in_the_middle_of_a_step_is_refused(tmp_path):
+    with pytest.raises(UserError, match="trainer.val_check_interval=3: after 3 batches, in the middle of a step"):
+        train(tmp_path / "run", *SHORT, "trainer.accumulate_grad_batches=2", "+trainer.val_check_interval=3")
 
 
 def test_a_changed_plan_is_named_key_by_key_and_another_network_refused(cut):

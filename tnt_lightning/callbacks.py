@@ -17,11 +17,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tnt_lightning import ranks
-from tnt_lightning.checkpoints import Position, copy, read
+from tnt_lightning import ranks, runs
+from tnt_lightning.checkpoints import Position, read
 from tnt_lightning.curves import Curves
 from tnt_lightning.errors import UserError
 from tnt_lightning.signals import Signals, name
+
+RESCALED = 40  # steps in a row without a finite gradient in float16: from its first scale to none at all are 16
 
 
 class EMA(WeightAveraging):
@@ -133,7 +135,7 @@ class Checkpoints(Checkpoint):
                 print(f"note   {beside} is not the one of step {self.best_step}: the best is chosen anew, from the next validation on")
             self.best_top1 = self.best_step = None
         elif speaks and found != ours:
-            copy(found, ours)
+            runs.copy(found, ours)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Lightning's handlers talk to the other ranks from within a signal, and let a SIGTERM end in exit code 0, without a checkpoint.
@@ -184,7 +186,11 @@ class Checkpoints(Checkpoint):
             self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=done)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer, pl_module, epoch=trainer.current_epoch + 1, batch=0)
+        done = trainer.fit_loop.batch_idx + 1
+        if done < trainer.num_training_batches:  # trainer.max_steps ends it in the middle
+            self._save(trainer, pl_module, epoch=trainer.current_epoch, batch=done)
+        else:
+            self._save(trainer, pl_module, epoch=trainer.current_epoch + 1, batch=0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.signals.phase = "after"
@@ -207,12 +213,13 @@ class Checkpoints(Checkpoint):
             world=trainer.world_size,
             accumulation=trainer.accumulate_grad_batches,
             num_workers=data.num_workers,
+            train_images=len(data.parts.train.labels),
             rows=self.curves.rows if self.curves else 0,
             seconds=self.seconds,
         )
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
         if self._is_best and trainer.is_global_zero:
-            copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            runs.copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
         self._saved, self._is_best = trainer.global_step, False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -303,9 +310,9 @@ class Finite(Callback):
 
     def __init__(self, run: Path, *, policy: str = "stop", in_a_row: int = 10, lag: int | None = None):
         self.run, self.policy, self.in_a_row, self.lag = run, policy, in_a_row, lag
-        self.skipped = self._row = 0
+        self.skipped = self._row = self._rescaled = 0
         self._loss: Tensor | None = None  # of the batches since the last step
-        self._pending: deque[tuple[Tensor, dict[str, Any]]] = deque()
+        self._pending: deque[tuple[Tensor, Any, dict[str, Any]]] = deque()
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "row": self._row}
@@ -322,9 +329,9 @@ class Finite(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~loss.isfinite()
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if not scaled:  # float16's scaler makes infinite gradients on its way to a fitting scale, and leaves those steps out itself
-            bad = bad | ~torch.nn.utils.get_total_norm([p.grad for p in parameters], norm_type=torch.inf).isfinite()
-        bad = bad.float()
+        gradient = ~torch.nn.utils.get_total_norm([p.grad for p in parameters], norm_type=torch.inf).isfinite()
+        # float16's scaler makes infinite gradients on its way to a fitting scale, and leaves those steps out itself.
+        bad = torch.maximum(bad.float(), 0.5 * gradient.float()) if scaled else (bad | gradient).float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
         fused = bool(optimizer.defaults.get("fused"))
@@ -338,7 +345,7 @@ class Finite(Callback):
             "lr": optimizer.param_groups[-1]["lr"],
             "loss": loss,
         }
-        self._pending.append((bad, here))
+        self._pending.append((*_on_its_way(bad), here))
         if self.settle(trainer, lag) and not lag:
             for parameter in parameters:
                 parameter.grad = None  # every optimizer leaves out what has no gradient
@@ -353,10 +360,13 @@ class Finite(Callback):
         """Ask about all steps but the last `lag`; whether the last one asked about was bad."""
         last = False
         while len(self._pending) > lag:
-            bad, here = self._pending.popleft()
-            last = bool(bad)
+            value, arrived, here = self._pending.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            last = bool(value == 1)
             self._row = self._row + 1 if last else 0
-            if last:
+            self._rescaled = self._rescaled + 1 if value == 0.5 else 0
+            if last or self._rescaled > RESCALED:
                 self._fault(trainer, here)
         return last
 
@@ -366,7 +376,7 @@ class Finite(Callback):
             torch.distributed.all_gather_object(losses, float(here["loss"]))
         else:
             losses = [float(here["loss"])]
-        stops = self.policy == "stop" or self._row > self.in_a_row
+        stops = self.policy == "stop" or self._row > self.in_a_row or self._rescaled > RESCALED
         self.skipped += not stops
         if not trainer.is_global_zero:
             if stops:
@@ -389,6 +399,18 @@ class Finite(Callback):
         if stops:
             raise UserError(f"{where} (all in {file}); the checkpoints are from before it; {cure}")
         print(f"\nskipped: {where} (all in {file})", flush=True)
+
+
+def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:
+    """A number of a device in the host's memory, and the event that says when it is there: to ask the device would wait for all that it
+    has been given to do since."""
+    if not value.is_cuda:
+        return value, None
+    here = torch.empty_like(value, device="cpu", pin_memory=True)
+    here.copy_(value, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    return here, arrived
 
 
 def _finite(tensors: list[Tensor]) -> bool:

@@ -5,8 +5,6 @@ its time, so that a run can go on from any of the three.
 """
 
 import io
-import os
-import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,8 @@ class Position:
     epoch: whole epochs done, with their validation; batch: batches of the next one done, a device; images: the same over all devices
     step: optimizer steps done
     validating: the validation that follows these batches is to be done still
-    world, accumulation, num_workers: by what it was trained; rows: of metrics.csv until then; seconds: that training took until then
+    world, accumulation, num_workers: by what it was trained; train_images: how many there are
+    rows: of metrics.csv until then; seconds: that training took until then
     """
 
     epoch: int = 0
@@ -39,6 +38,7 @@ class Position:
     world: int = 1
     accumulation: int = 1
     num_workers: int = 0
+    train_images: int = 0
     rows: int = 0
     seconds: float = 0.0
 
@@ -75,35 +75,7 @@ class WholeFiles(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)  # with a checksum of every tensor, which `read` compares
         path = Path(path)
-        if path.stem == "last" and path.exists():
-            _keep(path, path.with_stem("previous"))
-        runs.write(path, buffer.getbuffer())
-
-
-def _keep(file: Path, other: Path) -> None:
-    """The same file under another name: without a moment at which either is missing, and without copying it where that can be."""
-    beside = other.with_name(f".{other.name}.tmp")
-    beside.unlink(missing_ok=True)
-    try:
-        os.link(file, beside)
-    except OSError:  # a file system without hard links
-        copy(file, other)
-    else:
-        os.replace(beside, other)
-
-
-def copy(source: Path, target: Path) -> None:
-    """Whole or not at all, as `runs.write`."""
-    beside = target.with_name(f".{target.name}.tmp")
-    try:
-        shutil.copyfile(source, beside)
-        with beside.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(beside, target)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise type(error)(error.errno, error.strerror, str(target)) from None
-    runs.sync(target.parent)
+        runs.write(path, buffer.getbuffer(), keep=path.with_stem("previous") if path.stem == "last" else None)
 
 
 def read(file: Path) -> dict[str, Any]:

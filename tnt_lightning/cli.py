@@ -5,6 +5,7 @@ Anything else that goes wrong is a bug and keeps its traceback and exit code 1; 
 
 import contextlib
 import functools
+import io
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -41,6 +43,7 @@ def command(
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        stays: set[Path] = set()
         begun: list[bool] = []  # before the task, other errors than ours are the user's too; in it, they are bugs
 
         @functools.wraps(task)
@@ -59,12 +62,16 @@ def command(
                     raise known from error
                 if _with_tracebacks():
                     raise
-                _clear(HydraConfig.get())
+                _clear(HydraConfig.get(), stays)
                 fail(str(known))
 
         @functools.wraps(task)
         def main() -> None:
             begun.clear()
+            stays.clear()
+            if (asked := arguments()) and (run := asked.given.get("hydra.run.dir")):
+                here = Path(str(run)).absolute()
+                stays.update(folder for folder in (here, here.parent) if folder.exists())
             logging.raiseExceptions = False  # a train.log that its disk has no room for would show a traceback for each line
             _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
             if before is None:
@@ -99,10 +106,11 @@ def _known(error: Exception) -> UserError | None:
     return explained(error, run=run if writes else None, resumable=hydra.mode == RunMode.RUN)
 
 
-def _clear(hydra: Any) -> None:
-    """Take away what Hydra wrote for a run that was refused; whatever else lies there stays."""
+def _clear(hydra: Any, stays: set[Path]) -> None:
+    """Take away what Hydra wrote for a run that was refused; whatever else lies there stays, and the folders that were there before."""
     run = Path(hydra.runtime.output_dir)
-    if hydra.output_subdir is None or (run / "config.yaml").exists() or "LOCAL_RANK" in os.environ:
+    held = (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
+    if hydra.output_subdir is None or held or "LOCAL_RANK" in os.environ:
         return
     logging.shutdown()
     with contextlib.suppress(OSError):  # not empty, or still open
@@ -111,6 +119,8 @@ def _clear(hydra: Any) -> None:
         (run / hydra.output_subdir).rmdir()
         (run / f"{hydra.job.name}.log").unlink(missing_ok=True)
         for folder in (run, run.parent):  # outputs/DATE/TIME, outputs/DATE
+            if folder.absolute() in stays:
+                break
             folder.rmdir()
 
 
@@ -230,8 +240,8 @@ def _known_keys(overrides: list[str], config_name: str) -> list[str]:
 def composed(overrides: list[str], config_name: str = "config") -> DictConfig | None:
     """What overrides compose, with `hydra`; None where they do not."""
     GlobalHydra.instance().clear()
-    place = next((sys.argv[i + 1] for i, arg in enumerate(sys.argv[:-1]) if arg in ("--config-dir", "-cd")), None)
-    path = [f"hydra.searchpath=[file://{Path(place).resolve()}]"] if place else []
+    asked = arguments()
+    path = [f"hydra.searchpath=[file://{Path(asked.config_dir).resolve()}]"] if asked and asked.config_dir else []
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             return hydra.compose(config_name, [*path, *overrides], return_hydra_config=True)
@@ -239,3 +249,40 @@ def composed(overrides: list[str], config_name: str = "config") -> DictConfig | 
         return None
     finally:
         GlobalHydra.instance().clear()
+
+
+class Arguments:
+    """The command line as Hydra reads it.
+
+    overrides: as they stand there; given: key -> value of those that set a single one
+    """
+
+    def __init__(self) -> None:
+        known = get_args_parser().parse_args(sys.argv[1:])
+        self.overrides: list[str] = known.overrides
+        self.config_dir, self.multirun = known.config_dir, known.multirun
+        self.cfg, self.help = known.cfg or known.info, known.help or known.hydra_help or known.shell_completion
+        read = OverridesParser.create().parse_overrides(self.overrides)
+        self.given = {one.key_or_group: one.value() for one in read if not one.is_sweep_override() and not one.is_delete()}
+        self._lines = {one.key_or_group: one.input_line for one in read}
+
+    def drop(self, key: str) -> None:
+        """Take an override off the command line."""
+        line = self._lines.get(key)
+        self.overrides = [override for override in self.overrides if override != line]
+        sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != line]
+
+
+def arguments() -> Arguments | None:
+    """None for a line that Hydra answers itself."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # argparse would say it here, and once more when Hydra reads the line
+            return Arguments()
+    except (SystemExit, HydraException, OmegaConfBaseException, ValueError):
+        return None
+
+
+def quoted(key: str, value: object) -> str:
+    """An override as Hydra's grammar takes it, whatever characters the value has."""
+    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"

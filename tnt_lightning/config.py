@@ -187,12 +187,11 @@ def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
                 "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"]),
             }
         )
-    for key, value in plans[1].items():
-        if key in plans[0] and plans[0][key] != value:  # an older run may lack what came later
+    for key, value in plans[0].items():  # and an older run may lack what came later
+        if plans[1].get(key, refuse_to_continue) != value and (key in plans[1] or key.startswith("model.")):
             what = "that is another network; " if key.startswith("model.") else ""
-            raise UserError(
-                f"{key}={text(value)}: the run to continue had {text(plans[0][key])}; {what}give the same, or start from its weights="
-            )
+            given = text(plans[1][key]) if key in plans[1] else "nothing"
+            raise UserError(f"{key}={given}: the run to continue had {text(value)}; {what}give the same, or start from its weights=")
 
 
 def text(value: Any) -> str:

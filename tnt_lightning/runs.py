@@ -5,9 +5,11 @@ What is stored is tensors and plain data. A run with a result.json is finished; 
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import platform
+import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
@@ -22,6 +24,7 @@ from filelock import FileLock, Timeout
 from tnt_lightning.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
+LARGEST = 10_000  # values in a configuration; one of ours has a hundred
 
 
 @contextlib.contextmanager
@@ -34,7 +37,7 @@ def claimed(run: Path) -> Iterator[None]:
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / ".lock")
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=2)  # somebody may be looking whether it is taken
     except Timeout:
         raise in_use(run) from None
     except OSError as error:
@@ -44,19 +47,24 @@ def claimed(run: Path) -> Iterator[None]:
             for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink()
             try:
-                write(folder / ".probe", "")
+                write(folder / ".probe", "room\n" * 1000)
                 (folder / ".probe").unlink()
             except OSError as error:
                 raise _not_written(folder, error) from None
         yield
     finally:
-        if not (run / "config.yaml").exists():  # refused: it leaves nothing
+        if not holds(run):  # refused: it leaves nothing
             with contextlib.suppress(OSError):
                 (run / "checkpoints").rmdir()
                 (run / ".lock").unlink()
                 if made:
                     run.rmdir()
         lock.release()
+
+
+def holds(run: Path) -> bool:
+    """Whether a run lies in a directory."""
+    return (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
 
 
 def in_use(run: Path) -> UserError:
@@ -82,9 +90,9 @@ def start(run: Path, config: Mapping[str, Any]) -> None:
     """Write down what a claimed directory is a run of. The plan that a continued run had until now is kept beside it."""
     file = run / "config.yaml"
     text = recorded(config)
-    if file.exists() and not _same(file.read_text(), text):
-        number = len(list(run.glob("config.before*.yaml"))) + 1
-        os.replace(file, run / f"config.before{number}.yaml")
+    if file.exists() and not _same(before := file.read_text(), text):
+        free = next(name for number in itertools.count(1) if not (name := run / f"config.before{number}.yaml").exists())
+        write(free, before)
     write(file, text)
 
 
@@ -135,9 +143,20 @@ def config_of(run: Path) -> dict[str, Any]:
         config = yaml.safe_load(file.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{run} is not a run directory: {file} cannot be read ({_first_line(error)})") from None
+    if _larger_than(LARGEST, config):  # a few lines of YAML's references can stand for billions of values
+        raise UserError(f"{file} is not the configuration of a run: more than {LARGEST:,} values")
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data", "recipe", "trainer")):
         raise UserError(f"{file} is not the configuration of a run")
     return config
+
+
+def _larger_than(most: int, config: Any) -> bool:
+    todo = [config]
+    for count, value in enumerate(todo):
+        if count == most:
+            return True
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return False
 
 
 def result_of(run: Path) -> dict[str, Any]:
@@ -204,14 +223,19 @@ def _commit() -> str | None:
         return None
 
 
-def write(file: Path, content: str | bytes | memoryview) -> None:
-    """Whole or not at all, and on the disk when this returns: beside it, fsync, replace, and fsync of the directory."""
+def write(file: Path, content: str | bytes | memoryview, *, keep: Path | None = None) -> None:
+    """Whole or not at all, and on the disk when this returns: beside it, fsync, replace, and fsync of the directory.
+
+    keep: another name, under which what the file holds until now stays
+    """
     beside = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with beside.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
+        if keep is not None and file.exists():
+            _also_as(file, keep)
         os.replace(beside, file)
     except OSError as error:
         beside.unlink(missing_ok=True)
@@ -220,10 +244,36 @@ def write(file: Path, content: str | bytes | memoryview) -> None:
     except BaseException:  # a signal that ends the process
         beside.unlink(missing_ok=True)
         raise
-    sync(file.parent)
+    _sync(file.parent)
 
 
-def sync(folder: Path) -> None:
+def _also_as(file: Path, other: Path) -> None:
+    """The same file under another name, at no moment of which either is missing; a copy where the file system knows no such thing."""
+    beside = other.with_name(f".{other.name}.tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(file, beside)
+    except OSError:
+        copy(file, other)
+    else:
+        os.replace(beside, other)
+
+
+def copy(source: Path, target: Path) -> None:
+    """As `write`, of a file."""
+    beside = target.with_name(f".{target.name}.tmp")
+    try:
+        shutil.copyfile(source, beside)
+        with beside.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(beside, target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise type(error)(error.errno, error.strerror, str(target)) from None
+    _sync(target.parent)
+
+
+def _sync(folder: Path) -> None:
     """What was renamed in a directory, to the disk; where the file system knows of such a thing."""
     try:
         number = os.open(folder, os.O_RDONLY)

@@ -1,6 +1,7 @@
 """What a person reads in the terminal before and after a run."""
 
 import logging
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def going_on(trainer: L.Trainer, data: ImageDataModule, origin: Origin | None, d
     differ: lines about the plan; hints: unfinished runs that could have gone on instead
     """
     for run in hints:
-        print(f"note   {run} is an unfinished run of this configuration; hydra.run.dir={run} goes on with it")
+        print(f"note   {run} is an unfinished run of this configuration; {shlex.quote(f'hydra.run.dir={run}')} goes on with it")
     if origin is None:
         return
     for why in origin.bad:

@@ -13,13 +13,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
+UNHEARD_S = 20  # outside of training: until a signal that nobody took up ends the process all the same
 WORKER_S = 30  # how long a loader's worker outlives a SIGTERM that was sent to every process of a job
 
 
 class Signals:
     """The signal that came. Training looks at it between two steps; before it and after it SIGTERM and SIGINT end the process at once.
 
-    phase: "before" training, in "training", or "after" it
+    phase: "before" training, in "training", "after" it, or "done", when all is written
     first: whether this is the process that hands a job back to SLURM, once for all of them
     """
 
@@ -34,12 +35,19 @@ class Signals:
         if threading.current_thread() is threading.main_thread():  # the only one that may
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
+            out, self._pipe = os.pipe()
+            os.set_blocking(self._pipe, False)
+            self._woke = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+            threading.Thread(target=self._listen, args=(out,), daemon=True, name="signals").start()
             release()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._woke)
+            os.close(self._pipe)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         ends = number in (signal.SIGTERM, signal.SIGINT)
@@ -49,8 +57,26 @@ class Signals:
         self.came = self.came or number
         if self.phase == "after":  # all is saved that training gave
             self.hand_back()
-        if self.phase == "after" or (ends and self.phase == "before"):
+        if self.phase == "after" or (ends and self.phase != "training"):
             raise SystemExit(128 + number)
+
+    def _listen(self, pipe: int) -> None:
+        """In a thread, which the system's own handler wakes: Python's handlers wait for the main thread, which may be deep in C, in a
+        collective or on a dead disk."""
+        ends = 0
+        while number := os.read(pipe, 1):
+            ends += number[0] in (signal.SIGTERM, signal.SIGINT)
+            if ends == 2:
+                os._exit(128 + number[0])
+            if ends and self.phase != "training":
+                timer = threading.Timer(UNHEARD_S, self._end_unheard, (number[0],))
+                timer.daemon = True
+                timer.start()
+        os.close(pipe)
+
+    def _end_unheard(self, number: int) -> None:
+        if not self._ending:
+            os._exit(128 + number)
 
     def hand_back(self) -> None:
         """After SIGUSR1, under SLURM: ask for the job to be started again."""
@@ -71,6 +97,7 @@ def release() -> None:
 
 def in_a_worker(_: int) -> None:
     """Of a loader's worker process, which inherits the handlers: the process that trains decides, and its workers serve it until then."""
+    signal.set_wakeup_fd(-1)  # what comes here is not for the process that trains
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):

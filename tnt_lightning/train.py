@@ -1,13 +1,15 @@
 """`python -m tnt_lightning.train`: compose -> build -> fit -> test -> result.json."""
 
+import sys
+
 from tnt_lightning import signals
 
-signals.hold()  # first of all: of a SLURM job whose time is over while it still imports
+if __name__ == "__main__" or sys.argv[0].endswith("tnt-train"):
+    signals.hold()  # first of all: of a SLURM job whose time is over while it still imports
 
 import contextlib
 import math
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tnt_lightning.cli import command, composed, fail
+from tnt_lightning.cli import Arguments, arguments, command, composed, fail, quoted
 from tnt_lightning.config import changes, check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
 from tnt_lightning.errors import UserError
 
@@ -29,34 +31,60 @@ if TYPE_CHECKING:
 def find_directory() -> None:
     """Before Hydra makes or writes into it: of `resume=latest` the run that it names; and of a run that goes on, what was composed for
     it stays as it is."""
-    if "LOCAL_RANK" in os.environ or {"-m", "--multirun", "--cfg", "-c", "--help", "-h"} & set(sys.argv[1:]):
+    asked = arguments()
+    if asked is None or asked.multirun or asked.cfg or asked.help or _rank() > 0:
         return
-    given = {key: value.strip("'\"") for key, _, value in (arg.partition("=") for arg in sys.argv[1:])}
-    again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and "hydra.run.dir" not in given and "resume" not in given
-    if given.get("resume") == "latest" or again:
+    place, resume = asked.given.get("hydra.run.dir"), asked.given.get("resume")
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and place is None and resume is not False
+    if place is not None and _holds(Path(str(place))):
+        if resume == "latest":  # it is the one that is named
+            asked.drop("resume")
+    elif resume == "latest" or restarted:
+        if int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1:
+            if resume != "latest":
+                return
+            fail(
+                "resume=latest: the tasks that SLURM or torchrun starts each look for themselves; hydra.run.dir=DIR goes on with what is in DIR"
+            )
+        place = _latest(asked, place)
+    if place is not None and _holds(Path(str(place))):
         from tnt_lightning import runs
 
-        config = composed([arg for arg in sys.argv[1:] if "=" in arg and not arg.startswith("resume=")])
-        if config is None:  # Hydra says what is wrong with it
-            return
-        try:
-            found = runs.unfinished(_plain(config), beside=Path(given.get("hydra.run.dir") or config.hydra.run.dir))
-        except OmegaConfBaseException:  # as above
-            return
-        sys.argv[1:] = [arg for arg in sys.argv[1:] if arg != "resume=latest"]
-        if not found:
-            print("no unfinished run of this configuration: a new one")
-        else:
-            sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("hydra.run.dir=")]
-            given["hydra.run.dir"] = str(found[0])
-            quoted = str(found[0]).replace("'", "\\'")
-            sys.argv.append(f"hydra.run.dir='{quoted}'")
-    if "hydra.run.dir" in given and (Path(given["hydra.run.dir"]) / "config.yaml").exists():
-        from tnt_lightning import runs
-
-        if runs.busy(Path(given["hydra.run.dir"])):
-            fail(str(runs.in_use(Path(given["hydra.run.dir"]))))
+        if runs.busy(Path(str(place))):
+            fail(str(runs.in_use(Path(str(place)))))
         sys.argv.append("hydra.output_subdir=null")
+
+
+def _latest(asked: Arguments, place: str | None) -> str | None:
+    """The newest unfinished run of what was asked for, which becomes the directory on the command line; otherwise `place`."""
+    from tnt_lightning import runs
+
+    before = asked.given.get("resume")
+    asked.drop("resume")
+    config = composed(asked.overrides)
+    try:
+        if config is None:  # Hydra says what is wrong with it
+            return place
+        found = runs.unfinished(_plain(config), beside=Path(place or config.hydra.run.dir))
+    except OmegaConfBaseException:  # as above
+        return place
+    if found:
+        asked.drop("hydra.run.dir")
+        sys.argv.append(quoted("hydra.run.dir", found[0]))
+        return str(found[0])
+    print("no unfinished run of this configuration: a new one")
+    if before not in (None, "latest"):
+        sys.argv.append(quoted("resume", before))
+    return place
+
+
+def _holds(run: Path) -> bool:
+    return (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
+
+
+def _rank() -> int:
+    """Of this process, where something says it: torchrun, Lightning, SLURM."""
+    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdecimal()), 0)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -73,7 +101,7 @@ def main(config: DictConfig) -> float | None:
     check(config, hydra.runtime.choices["model"])
     plain = _plain(config)
     if plain["resume"] == "latest":  # otherwise `find_directory` has found it
-        raise UserError("resume=latest is for the command line of a single run; hydra.run.dir=RUN goes on with any")
+        raise UserError("resume=latest: for the command line of a single run, as it stands here; hydra.run.dir=RUN goes on with any")
     if hydra.mode == RunMode.MULTIRUN:
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
         if plain["trainer"]["devices"] == "auto":
@@ -104,7 +132,10 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     first = getattr(rank_zero_only, "rank", 0) == 0
     show.quiet()
     with Signals(first=first) as signals, runs.claimed(run) if first else contextlib.nullcontext():
-        if first and (run / "config.yaml").exists():
+        if config["resume"] is None and (run / "config.yaml").exists():
+            # Cut off before its first checkpoint, it begins where it was to begin.
+            config = {**config, "resume": runs.config_of(run).get("resume") or None}
+        if first and runs.holds(run):
             if config["resume"] is False:
                 raise UserError(f"{run} already holds a run; choose another hydra.run.dir, or go on with it: without resume=false")
             differ = changes(runs.config_of(run), config)
@@ -153,6 +184,12 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     data.setup()
     data.skipped = run / "skipped.jsonl"
     assert data.parts is not None
+    size_now = len(data.parts.train.labels)
+    if origin is not None and origin.position.train_images != size_now:
+        raise UserError(
+            f"data.root={config['data']['root']}: {size_now:,} training images, and the run to continue had "
+            f"{origin.position.train_images:,}; give the same images, or start from its weights="
+        )
     curves, throughput, dashboard, logger = Curves(run / "metrics.csv"), Throughput(), Dashboard(run), config["logger"]
     finite = Finite(run, policy=faults["nonfinite"], in_a_row=faults["nonfinite_in_a_row"])
     callbacks: list[L.Callback] = [throughput, finite]
@@ -179,6 +216,12 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     every = trainer.val_check_interval
     if isinstance(every, int) and every > batches and trainer.limit_val_batches:
         raise UserError(f"trainer.val_check_interval={every}: an epoch has {batches} batches; lower it, or give a share of the epoch: 0.5")
+    check_every = every if isinstance(every, int) else max(1, int(batches * every))
+    if check_every < batches and check_every % trainer.accumulate_grad_batches and trainer.limit_val_batches:
+        raise UserError(
+            f"trainer.val_check_interval={every}: after {check_every} batches, in the middle of a step of "
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}; give a multiple of that"
+        )
     if (pixels := 5 * data.device_batch * math.prod(data.input_size)) > memory.total():  # its pixels, as they are loaded and normalised
         raise UserError(
             f"data.batch_size={data.batch_size}: the pixels of {data.device_batch} images of image_size={config['image_size']} take "
@@ -188,6 +231,10 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         if trainer.is_global_zero:
             hints = runs.unfinished(config, beside=run)[:1] if config["resume"] is None and origin is None else []
             runs.start(run, config)
+            if origin is not None and origin.run == run:
+                for name in ("last", "previous"):  # a damaged one is never taken for the one before
+                    if any(line.startswith(f"{runs.checkpoint_path(run, name)}:") for line in origin.bad):
+                        _put_aside(runs.checkpoint_path(run, name))
             show.opening(trainer, data, run, loaded)
             show.going_on(trainer, data, origin, differ, hints)
             source = origin.run if origin else run  # without a checkpoint, a run starts over
@@ -227,6 +274,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         }
         if trainer.is_global_zero:
             runs.finish(run, result)
+            signals.phase = "done"
             dashboard.summarise(result)
             show.closing(result, run)
     return result
@@ -256,6 +304,11 @@ def _origin(config: dict[str, Any], run: Path) -> "Origin | None":
     if position.epoch + bool(position.batch) > epochs:
         raise UserError(f"recipe.epochs={epochs}: {file} is of epoch {position.epoch + bool(position.batch)} already; raise recipe.epochs")
     return Origin(source, file, position, bad)
+
+
+def _put_aside(file: Path) -> None:
+    if file.exists():
+        os.replace(file, file.with_suffix(".damaged"))
 
 
 def _few(lines: list[str]) -> str:
