@@ -34,9 +34,10 @@ def find_directory() -> None:
     asked = arguments()
     if asked is None or asked.multirun or asked.cfg or asked.help or _rank() > 0:
         return
-    place, resume = asked.given.get("hydra.run.dir"), asked.given.get("resume")
+    place: Any = asked.given.get("hydra.run.dir")
+    resume = asked.given.get("resume")
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and place is None and resume is not False
-    if place is not None and _holds(Path(str(place))):
+    if place is not None and _holds(Path(place)):
         if resume == "latest":  # it is the one that is named
             asked.drop("resume")
     elif resume == "latest" or restarted:
@@ -44,14 +45,14 @@ def find_directory() -> None:
             if resume != "latest":
                 return
             fail(
-                "resume=latest: the tasks that SLURM or torchrun starts each look for themselves; hydra.run.dir=DIR goes on with what is in DIR"
+                "resume=latest: of several tasks (SLURM, torchrun) each would look for itself; hydra.run.dir=DIR goes on with what is in DIR"
             )
         place = _latest(asked, place)
-    if place is not None and _holds(Path(str(place))):
+    if place is not None and _holds(Path(place)):
         from tnt_lightning import runs
 
-        if runs.busy(Path(str(place))):
-            fail(str(runs.in_use(Path(str(place)))))
+        if runs.busy(Path(place)):
+            fail(str(runs.in_use(Path(place))))
         sys.argv.append("hydra.output_subdir=null")
 
 
