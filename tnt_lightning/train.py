@@ -45,7 +45,7 @@ def find_directory() -> None:
             if resume != "latest":
                 return
             fail(
-                "resume=latest: of several tasks (SLURM, torchrun) each would look for itself; hydra.run.dir=DIR goes on with what is in DIR"
+                "resume=latest: of several tasks (SLURM, torchrun) each would look for itself; hydra.run.dir=DIR goes on with what it holds"
             )
         place = _latest(asked, place)
     if place is not None and _holds(Path(place)):
