@@ -82,6 +82,8 @@ def command(
                 os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+            except KeyboardInterrupt:
+                raise SystemExit(130) from None
             except (UserError, HydraException, OmegaConfBaseException) as error:
                 if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise

@@ -129,6 +129,7 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
 def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataModule") -> tuple[Figures, "L.Trainer"]:
     from tnt_lightning import ranks, show
     from tnt_lightning.build import build_trainer
+    from tnt_lightning.signals import Signals
 
     show.quiet()
     trainer = build_trainer(config)
@@ -139,7 +140,7 @@ def _measure(config: dict[str, Any], classifier: "Classifier", data: "ImageDataM
     if trainer.is_global_zero:
         for note in data.notes:
             print(f"note {note}")
-    with ranks.together(trainer):
+    with Signals(), ranks.together(trainer):
         return evaluate(trainer, classifier, data), trainer
 
 
