@@ -483,3 +483,12 @@ def test_a_flipped_bit_is_not_evaluated(cut):
     file.write_bytes(DAMAGES["flipped"](file.read_bytes()))
     with pytest.raises(UserError, match=f"{file}: damaged"):
         load_run(file)
+
+
+def test_ctrl_c_ends_a_measurement_without_a_traceback(whole, tmp_path):
+    line = [sys.executable, "-m", "tnt_lightning.evaluate", f"run={whole}"]
+    measuring = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    time.sleep(3)
+    measuring.send_signal(signal.SIGINT)
+    _, said = measuring.communicate(timeout=100)
+    assert measuring.returncode == 130 and "Traceback" not in said, said
