@@ -149,6 +149,8 @@ class Dashboard(Logger):
             return
         try:
             _within(self._finish_s + CALL_S, page.finish, exit_code=0 if kind is None else 1)
+            if page.offline:
+                runs.probe(self.run / "wandb")  # W&B does not say when a full disk cut its record short
         except Exception as error:
             again = self._sync() if page.offline else self._sync("--include-online")
             print(f"W&B    not finished: {_reason(error)}; to upload it: {again}")

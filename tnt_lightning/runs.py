@@ -47,8 +47,7 @@ def claimed(run: Path) -> Iterator[None]:
             for left in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
                 left.unlink()
             try:
-                write(folder / ".probe", "room\n" * 1000)
-                (folder / ".probe").unlink()
+                probe(folder)
             except OSError as error:
                 raise _not_written(folder, error) from None
         yield
@@ -65,6 +64,12 @@ def claimed(run: Path) -> Iterator[None]:
 def holds(run: Path) -> bool:
     """Whether a run lies in a directory."""
     return (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
+
+
+def probe(folder: Path) -> None:
+    """OSError where a folder can take no more: full, over a quota, read-only."""
+    write(folder / ".probe", "room\n" * 1000)
+    (folder / ".probe").unlink()
 
 
 def in_use(run: Path) -> UserError:
