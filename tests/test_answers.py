@@ -68,7 +68,7 @@ MISTAKES = {
     # larger than anything
     "image_size=100000": "image_size=100000 is not a whole number from 1 to 65,536",
     "image_size=[60000,60000] position_encoding=none": "data.batch_size=64: the pixels of 64 images of image_size=[60000, 60000] take",
-    "model.outer_dim=49152 model.depth=900": "model: ",
+    "model.outer_dim=49152 model.depth=24": "model: ",
     "image_size=[32768,32768]": "image_size=[32768, 32768]: ",
     "model.depth=9999": "depth=9999 is more than can be built; at most 1,000",
     "optimizer.lr=1e38": "optimizer.lr=1e+38 is not a number from 0 to 10000",

@@ -130,6 +130,7 @@ def test_a_directory_with_a_run_is_not_written_over(finished, tmp_path):
 # ---- several devices
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_and_count_every_image(tmp_path):
     short = (*PLAIN, *QUICK, "+trainer.limit_train_batches=4", "trainer.accelerator=cpu")
     done = command("train", *short, "trainer.devices=2", f"hydra.run.dir={tmp_path / 'two'}", cwd=tmp_path)

@@ -443,6 +443,7 @@ def test_a_run_that_goes_on_in_its_own_directory_stays_one_run(tmp_path, there):
     assert json.loads((tmp_path / "run" / "wandb.json").read_text())["folders"] == [str(tmp_path / "run" / "wandb")]
 
 
+@pytest.mark.slow
 def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_path, there, nobody, capsys):
     nobody.setenv("WANDB_MODE", "offline")  # no server is asked yet
     random = (*SHORT, "recipe.drop_path_rate=0.1", "+recipe.augmentation.mixup=0.8", "logger.images_every=1")

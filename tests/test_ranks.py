@@ -111,6 +111,7 @@ def trained(start, *overrides: str) -> Started:
 # ---- a rank is killed
 
 
+@pytest.mark.slow
 def test_of_a_killed_rank_the_first_one_tells_and_all_end(start):
     run = trained(start, "data.num_workers=1")
     rank = run.rank(1)
@@ -122,6 +123,7 @@ def test_of_a_killed_rank_the_first_one_tells_and_all_end(start):
     assert line.startswith(f"error: rank 1 (process {rank}) was killed by SIGKILL; ") and "lower data.num_workers or data" in line
 
 
+@pytest.mark.slow
 def test_the_others_do_not_outlive_rank_0(start):
     run = trained(start, "data.num_workers=1")
     os.kill(run.rank(0), signal.SIGKILL)
@@ -147,6 +149,7 @@ def test_a_rank_that_stands_still_ends_the_run_at_the_time_out(start, rank):
 # ---- a rank raises
 
 
+@pytest.mark.slow
 def test_a_worker_of_one_rank_that_is_killed_is_said_once_and_the_others_are_silent(start):
     run = trained(start, "data.num_workers=1")
     worker = run.worker(1)
@@ -191,6 +194,7 @@ def in_one_line(run: Started, file: Path, why: str) -> None:
     assert re.match(f"error: {re.escape(str(file))}: {why}", line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part, rank", [("train", 1), ("val", 0)])
 def test_a_broken_image_names_itself_through_workers_and_ranks(start, tmp_path, part, rank):
     layouts.folder(tmp_path / "images")
@@ -200,6 +204,7 @@ def test_a_broken_image_names_itself_through_workers_and_ranks(start, tmp_path, 
     in_one_line(run, broken, r"not a readable image \(")
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_names_itself_in_evaluation(start, tmp_path):
     layouts.imagenet(tmp_path / "images")
     images = resolved("data=imagenet", f"data.root={tmp_path / 'images'}", "data.num_classes=2", "data.num_workers=1", "data.subset=true")

@@ -233,6 +233,7 @@ def test_a_plain_start_is_a_new_run_and_says_how_to_go_on_with_an_old_one(cut, c
     assert "unfinished" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_latest_is_the_newest_unfinished_run_of_the_configuration(cut, whole, tmp_path):
     days = tmp_path / "outputs"
     for day, name in (("2026-01-01", "10-00-00"), ("2026-01-02", "09-00-00")):
@@ -249,6 +250,7 @@ def test_latest_is_the_newest_unfinished_run_of_the_configuration(cut, whole, tm
     assert new.returncode == 0 and "no unfinished run of this configuration: a new one" in new.stdout and len(list(days.glob("*/*"))) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["a=b", "it's", "with space"])
 def test_any_directory_goes_on_and_a_refused_start_changes_nothing_in_it(cut, where):
     run = cut.with_name(where)
