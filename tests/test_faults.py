@@ -303,6 +303,7 @@ def test_a_run_on_a_disk_that_becomes_full(tmp_path, kib):
     done = limited(tmp_path / "disk", kib * 2**10, line, tmp_path / "kept")
     said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2 and len(said) == 1 and str(run) in said[0], done.stdout + done.stderr
+    assert kib > 16 or ("cannot be written" in said[0] and not done.stdout), "found before anything is done"
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     whole_or_not_at_all(tmp_path / "kept")
 

@@ -18,17 +18,21 @@ from .test_training import ADAMW, any_backbone, fit
 
 
 class Poison(Callback):
-    """The loss of these steps is infinite or not a number, or the gradient is."""
+    """Infinite or not a number in these steps: the pixels, and with them all; the loss alone; or the gradient alone."""
 
-    def __init__(self, *steps, what=math.nan, gradient=False):
-        self.steps, self.what, self.gradient = steps, what, gradient
+    def __init__(self, *steps, what=math.nan, where="pixels"):
+        self.steps, self.what, self.where = steps, what, where
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step in self.steps and not self.gradient:
+        if trainer.global_step in self.steps and self.where == "pixels":
             batch[0].fill_(self.what)
 
+    def on_before_backward(self, trainer, module, loss):
+        if trainer.global_step in self.steps and self.where == "loss":
+            loss.data.fill_(self.what)
+
     def on_after_backward(self, trainer, module):
-        if trainer.global_step in self.steps and self.gradient:
+        if trainer.global_step in self.steps and self.where == "gradient":
             next(module.parameters()).grad[0, 0] = self.what
 
 
@@ -42,8 +46,8 @@ def state(module):
 
 
 @pytest.mark.parametrize("what", [math.nan, math.inf])
-@pytest.mark.parametrize("gradient", [False, True])
-def test_training_stops_before_the_step(tmp_path, what, gradient):
+@pytest.mark.parametrize("where", ["pixels", "loss", "gradient"])
+def test_training_stops_before_the_step(tmp_path, what, where):
     module, before = classifier(), {}
 
     class Watch(Callback):
@@ -51,9 +55,9 @@ def test_training_stops_before_the_step(tmp_path, what, gradient):
             before.update(state(module))
 
     with pytest.raises(UserError) as error:
-        fit(module, Poison(23, what=what, gradient=gradient), Watch(), EMA(decay=0.9), Finite(tmp_path), Checkpoints(tmp_path))
+        fit(module, Poison(23, what=what, where=where), Watch(), EMA(decay=0.9), Finite(tmp_path), Checkpoints(tmp_path))
     rate = f"{json.loads((tmp_path / 'nonfinite.jsonl').read_text())['lr']:g}"
-    what = "the gradient is not finite" if gradient else "the loss is nan"
+    what = "the gradient is not finite" if where == "gradient" else f"the loss is {what if where == 'loss' else math.nan}"
     assert str(error.value).startswith(f"{what} at step 23 (epoch 1, learning rate {rate}) of training images ")
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items()), "the weights of the step before"
     for name in ("last", "best"):
@@ -133,9 +137,9 @@ def test_float16_whose_gradients_never_become_finite_stops(tmp_path):
                 for parameter in module.parameters():
                     parameter.grad = None
 
-    fit(classifier(), Finite(tmp_path), Scaled(*range(5, 40), what=math.inf, gradient=True), epochs=3)
+    fit(classifier(), Finite(tmp_path), Scaled(*range(5, 40), what=math.inf, where="gradient"), epochs=3)
     with pytest.raises(UserError, match="the gradient is not finite at step 45"):
-        fit(classifier(), Finite(tmp_path), Scaled(*range(5, 99), what=math.inf, gradient=True), epochs=4)
+        fit(classifier(), Finite(tmp_path), Scaled(*range(5, 99), what=math.inf, where="gradient"), epochs=4)
 
 
 def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
