@@ -222,6 +222,15 @@ def test_a_best_checkpoint_that_is_gone_is_chosen_anew(cut):
     assert runs.checkpoint_path(cut, "best").exists() and runs.result_of(cut)["checkpoint"] == "best"
 
 
+def test_a_best_checkpoint_that_was_not_copied_in_time_is_the_last_one(cut):
+    best, last = (runs.checkpoint_path(cut, name) for name in ("best", "last"))
+    os.replace(best, last)
+    runs.checkpoint_path(cut, "previous").unlink()
+    again = Started(cut, *SHORT).after(15).send(signal.SIGKILL)
+    assert again.ended() == -signal.SIGKILL and "chosen anew" not in again.said
+    assert read(best)["position"]["step"] == 8
+
+
 # ---- which run goes on
 
 
