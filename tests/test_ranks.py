@@ -17,7 +17,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
-from tnt_lightning import prepare, ranks
+from tnt_lightning import prepare, ranks, runs
 from tnt_lightning.build import build_data
 from tnt_lightning.errors import UserError
 from tnt_lightning.evaluate import evaluate_run
@@ -144,6 +144,22 @@ def test_a_rank_that_stands_still_ends_the_run_at_the_time_out(start, rank):
     assert run.ends(5 + SOON) == (1 if rank else -signal.SIGKILL)
     [line] = run.errors().splitlines()
     assert line.startswith("error: a rank did not answer within faults.timeout_s=5 seconds; ")
+
+
+# ---- ranks of unlike speed
+
+
+def test_the_ranks_wait_for_the_best_checkpoint_of_the_first(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom tnt_lightning import runs, train\ncopy = runs.copy\n"
+        "def slow(*files):\n    time.sleep(3)\n    copy(*files)\n"
+        "runs.copy = slow\ntrain.main()\n"
+    )
+    drop = ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS", "LOCAL_RANK")
+    env = {key: value for key, value in os.environ.items() if key not in drop}
+    short = ("recipe.epochs=1", "recipe.warmup_epochs=0", "+trainer.limit_train_batches=2", "logger=csv", "hydra.run.dir=run")
+    done = subprocess.run([sys.executable, "slow.py", *TWO, *short], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and runs.result_of(tmp_path / "run")["checkpoint"] == "best", done.stderr
 
 
 # ---- a rank raises

@@ -218,8 +218,10 @@ class Checkpoints(Checkpoint):
             seconds=self.seconds,
         )
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
-        if self._is_best and trainer.is_global_zero:
-            runs.copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
+        if self._is_best:
+            if trainer.is_global_zero:
+                runs.copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            trainer.strategy.barrier("best.ckpt")  # every rank may read it next
         self._saved, self._is_best = trainer.global_step, False
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
