@@ -273,7 +273,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, body, error):
 
 def test_a_bug_in_one_job_of_a_sweep_leaves_the_others_and_shows_its_traceback(tmp_path):
     body = "print('job', config.seed) if config.seed else 1 / 0"
-    done = script(tmp_path, body, "-m", "seed=0,1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = script(tmp_path, body, "-m", "seed=0,1,2", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert "job 1" in done.stdout and "job 2" in done.stdout
     assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 

@@ -110,7 +110,7 @@ def test_weights_of_another_network_are_listed(tmp_path, finished):
         train(tmp_path / "run", f"weights={finished}", *other)
 
 
-def test_a_directory_with_a_run_is_not_written_over(finished, tmp_path):
+def test_a_directory_with_a_run_is_not_written_over(finished):
     before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file() and file.name != "train.log"}
     for overrides, code, words in (
         ((), 0, "is finished; nothing is left to train"),
@@ -120,11 +120,6 @@ def test_a_directory_with_a_run_is_not_written_over(finished, tmp_path):
         done = command("train", *QUICK, *overrides, f"hydra.run.dir={finished}", cwd=finished.parent)
         assert done.returncode == code and words in done.stdout + done.stderr, done.stdout + done.stderr
         assert {file: file.read_bytes() for file in finished.rglob("*") if file.is_file() and file.name != "train.log"} == before
-    sweep = tmp_path / "sweep"
-    sweep.mkdir()
-    (sweep / "multirun.yaml").touch()
-    done = command("train", "-m", "seed=0,1", f"hydra.sweep.dir={sweep}", cwd=tmp_path)
-    assert done.returncode == 2 and "already holds a sweep" in done.stderr and len(list(sweep.iterdir())) == 1
 
 
 # ---- several devices
@@ -172,24 +167,28 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 
 
 def test_a_sweep_of_inner_heads(tmp_path):
-    done = command("train", "-m", "inner_heads=1,2,4,6", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+    done = command("train", "-m", "inner_heads=1,2,4,6", "trainer=debug", "logger=csv", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for job, heads in enumerate((1, 2, 4, 6)):
-        assert (tmp_path / "sweep" / str(job) / ".hydra" / "config.yaml").exists()
-        _, seen = load_run(tmp_path / "sweep" / str(job)).explain(torch.zeros(1, 1, 8, 8))
+    for heads in (1, 2, 4, 6):
+        run = tmp_path / "multirun" / "inner_heads=1,2,4,6,trainer=debug,logger=csv" / f"inner_heads={heads}"
+        assert (run / ".hydra" / "config.yaml").exists()
+        _, seen = load_run(run).explain(torch.zeros(1, 1, 8, 8))
         assert seen.inner[1].shape == (4, heads, 4, 4)
 
 
-def test_in_a_sweep_the_other_jobs_go_on(tmp_path):
-    done = command("train", "-m", "inner_heads=5,2", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+def test_in_a_sweep_by_hydras_own_launcher_the_other_jobs_go_on(tmp_path):
+    basic = ("hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = command("train", "-m", "inner_heads=5,2", "trainer=debug", *basic, cwd=tmp_path)
     assert done.returncode == 2 and "inner_heads=5 does not divide inner_dim=24" in done.stderr and "Traceback" not in done.stderr
-    assert "test/top1" in runs.result_of(tmp_path / "sweep" / "1") and not (tmp_path / "sweep" / "0" / "result.json").exists()
+    assert "test/top1" in runs.result_of(tmp_path / "sweep" / "inner_heads=2")
+    assert not (tmp_path / "sweep" / "inner_heads=5" / "result.json").exists()
 
 
 def test_an_ablation_sweeps_its_grid(tmp_path):
     done = command("train", "-m", "ablation=tnt_blocks", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert [runs.config_of(tmp_path / "sweep" / str(job))["tnt_blocks"] for job in range(3)] == [None, [1, 3], [1]]
+    blocks = {"null": None, "1-3": [1, 3], "1": [1]}
+    assert {name: runs.config_of(tmp_path / "sweep" / f"tnt_blocks={name}")["tnt_blocks"] for name in blocks} == blocks
 
 
 def test_an_ablation_of_several_models_at_once_is_refused(tmp_path):
@@ -227,11 +226,11 @@ def test_an_ablation_without_m_says_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.strip().endswith("python -m tnt_lightning.train -m ablation=inner_heads seed=3")
 
 
-def test_several_devices_in_a_sweep_are_refused(tmp_path):
-    done = command(
-        "train", "-m", "seed=0,1", "trainer.devices=2", "trainer.accelerator=cpu", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path
-    )
-    assert done.returncode == 2 and "a job of a sweep runs on one device" in done.stderr
+def test_several_devices_in_a_sweep_by_hydras_own_launcher_are_refused(tmp_path):
+    basic = ("hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = command("train", "-m", "seed=0,1", "trainer.devices=2", "trainer.accelerator=cpu", *basic, cwd=tmp_path)
+    line = "trainer.devices=2: under hydra/launcher=basic a job runs on one device; hydra/launcher=tnt runs it on several"
+    assert done.returncode == 2 and line in done.stderr
 
 
 # ---- an ImageNet tree

@@ -236,12 +236,12 @@ def test_the_jobs_of_a_sweep_are_a_group_and_a_run_each(tmp_path):
     overrides = ("inner_heads=1,2", "trainer=debug", "trainer.enable_progress_bar=false", "logger.images_every=0")
     done = command("train", "-m", *overrides, f"hydra.sweep.dir={sweep}", cwd=tmp_path, env=stranger(tmp_path))
     assert done.returncode == 0, done.stderr
-    jobs = [Recorded(sweep / job) for job in "01"]
+    jobs = [Recorded(sweep / f"inner_heads={heads}") for heads in (1, 2)]
     assert len({job.run.run_id for job in jobs}) == 2
     assert {job.run.run_group for job in jobs} == {"/".join(sweep.parts[-2:])}
-    assert [job.run.display_name for job in jobs] == ["heads/0", "heads/1"]
+    assert [job.run.display_name for job in jobs] == ["heads/inner_heads=1", "heads/inner_heads=2"]
     assert not any("examples" in row for job in jobs for row in job.history)
-    assert len(lines(done.stdout + done.stderr)) == 2
+    assert all(len(lines((sweep / f"inner_heads={heads}" / "job.log").read_text())) == 1 for heads in (1, 2))
 
 
 # ---- modes

@@ -256,9 +256,9 @@ def buggy(tmp_path, body: str, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_in_a_sweep_the_other_jobs_go_on(tmp_path):
     body = "print('job', config.seed) if config.seed else open('/dev/full', 'wb', 0).write(b'x')"
-    done = buggy(tmp_path, body, "-m", "seed=0,1,2", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    done = buggy(tmp_path, body, "-m", "seed=0,1,2", "hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert done.returncode == 2 and "job 1" in done.stdout and "job 2" in done.stdout and "Traceback" not in done.stderr
-    line = f"{tmp_path / 'sweep' / '0'}: the disk is full; make room, or choose another hydra.run.dir"
+    line = f"{tmp_path / 'sweep' / 'seed=0'}: the disk is full; make room, or choose another hydra.run.dir"
     assert done.stderr.splitlines()[-1] == f"error: {line}" and f"job 0: {line}" in done.stdout + done.stderr
 
 

@@ -16,7 +16,8 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"data"},
     {"classifier", "callbacks", "ranks"},
     {"build", "show", "config", "dashboard"},
-    {"cli"},
+    {"cli", "zygote"},
+    {"sweep"},
     {"train", "evaluate", "verify", "prepare", "benchmark"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them

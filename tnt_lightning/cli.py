@@ -5,12 +5,13 @@ Anything else that goes wrong is a bug and keeps its traceback and exit code 1; 
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -35,11 +37,12 @@ _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDR
 
 
 def command(
-    config_name: str = "config", *, before: Callable[[], None] | None = None
+    config_name: str = "config", *, before: Callable[[], None] | None = None, after: Callable[[], None] | None = None
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """A command of the package: the task gets what conf/CONFIG_NAME.yaml and the command line compose.
 
-    before: called ahead of Hydra, where the command has a way of its own with a directory that holds a run
+    before: called ahead of Hydra, where the command has a way of its own with directories that hold runs
+    after: called when Hydra is done
     """
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -73,8 +76,8 @@ def command(
                 here = Path(str(run)).absolute()
                 stays.update(folder for folder in (here, here.parent) if folder.exists())
             logging.raiseExceptions = False  # a train.log that its disk has no room for would show a traceback for each line
-            _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
             if before is None:
+                _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
                 _refuse_to_write_over("hydra.run.dir", "config.yaml")
             else:
                 before()
@@ -82,6 +85,8 @@ def command(
                 os.environ |= {"HYDRA_FULL_ERROR": "1", _OURS: "1"}
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+                if after is not None:
+                    after()
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -235,8 +240,13 @@ def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:
 
 def _known_keys(overrides: list[str], config_name: str) -> list[str]:
     """Every dotted key of the configuration that the other overrides compose, and every group; none where they do not compose either."""
-    config = composed([arg for arg in overrides if not arg.startswith("hydra.run")], config_name)
+    single = [arg for arg in overrides if not arg.startswith("hydra.run") and not _sweeps(arg)]
+    config = composed(single, config_name)
     return [] if config is None else list(keys_of(config))
+
+
+def _sweeps(override: str) -> bool:
+    return _reads(override) and OverridesParser.create().parse_override(override).is_sweep_override()
 
 
 def composed(overrides: list[str], config_name: str = "config") -> DictConfig | None:
@@ -284,7 +294,41 @@ def arguments() -> Arguments | None:
         return None
 
 
+def swept_of(overrides: Sequence[str]) -> list[str]:
+    """Of a job's overrides those that the command line does not give as they are: what it sweeps, and what an ablation does."""
+    fixed = {one.get_key_element() for one in _of_the_task() if not one.is_sweep_override()}
+    return [override for override in overrides if override.partition("=")[0] not in fixed]
+
+
+def _of_the_task() -> list[Override]:
+    asked = arguments()
+    read = OverridesParser.create().parse_overrides(asked.overrides) if asked else []
+    return [one for one in read if not str(one.key_or_group).startswith(("hydra.", "hydra/"))]
+
+
+def folder_name(overrides: Sequence[str]) -> str:
+    """`seed=0,tnt_blocks=1-6` of ["seed=0", "tnt_blocks=[1,6]"]; other overrides have another name."""
+    name = ",".join(map(_plainly, overrides))
+    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _plainly(override: str) -> str:
+    depth, name = 0, ""
+    for char in override.lstrip("+"):
+        depth += (char in "[{(") - (char in "]})")
+        if char not in "[](){}'\" ":
+            name += "-" if char == "," and depth else char if char.isalnum() or char in "=,.-_@~%+" else "_"
+    return name
+
+
 def quoted(key: str, value: object) -> str:
     """An override as Hydra's grammar takes it, whatever characters the value has."""
     escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{escaped}'"
+
+
+# The directory of a sweep is named by its command line, and that of a job by what is swept, so that the same command finds them again.
+OmegaConf.register_new_resolver(
+    "sweep_name", lambda: folder_name([one.input_line or "" for one in _of_the_task()]) or "default", replace=True
+)
+OmegaConf.register_new_resolver("job_name", lambda overrides, number: folder_name(swept_of(list(overrides))) or str(number), replace=True)

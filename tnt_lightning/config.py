@@ -134,6 +134,14 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
                 raise UserError(f"{key}={text(OmegaConf.select(config, key))}: no such key{cure}")
 
 
+def plain(config: DictConfig) -> dict[str, Any]:
+    """A configuration as a run keeps it."""
+    values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
+    for key in ("grid", "released"):  # facts about the model, not choices of this run
+        values.pop(key, None)
+    return values
+
+
 def as_sweep() -> str:
     """The command line that this process was called by, as a sweep."""
     script = Path(sys.argv[0])

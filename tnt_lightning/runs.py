@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 
@@ -99,6 +98,13 @@ def start(run: Path, config: Mapping[str, Any]) -> None:
         free = next(name for number in itertools.count(1) if not (name := run / f"config.before{number}.yaml").exists())
         write(free, before)
     write(file, text)
+
+
+def put_aside(run: Path) -> Path:
+    """Give a run that is to start anew another name, which is given."""
+    free = next(name for number in itertools.count(1) if not (name := run.with_name(f"{run.name}.before{number}")).exists())
+    os.replace(run, free)
+    return free
 
 
 def recorded(config: Mapping[str, Any]) -> str:
@@ -207,16 +213,18 @@ def place(path: str | Path) -> tuple[Path, Path | None]:
 
 def origin() -> dict[str, Any]:
     """Where figures come from: versions, the code's commit, the machine."""
+    import torch  # late: a sweep, which starts processes that import it, does not need it itself
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": device,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The checkout's commit, with a + where tracked files differ from it; None outside a checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():

@@ -41,6 +41,10 @@ def several(kind: Kind, *counts: int) -> Kind:
     return Kind(words, lambda v: isinstance(v, (list, ListConfig)) and len(v) in counts and all(map(kind.fits, v)))
 
 
+def several_of(what: str) -> Kind:
+    return Kind(f"a list of {what}", lambda v: isinstance(v, (list, ListConfig)) and all(isinstance(one, (int, str)) for one in v))
+
+
 def one_of(*choices: str) -> Kind:
     return Kind(f"one of {', '.join(choices)}", lambda v: v in choices)
 

@@ -20,7 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import Arguments, arguments, command, composed, fail, quoted
-from tnt_lightning.config import changes, check, refuse_ablation_in_a_single_run, refuse_ablation_of_swept_models, refuse_to_continue
+from tnt_lightning.config import (
+    changes,
+    check,
+    plain,
+    refuse_ablation_in_a_single_run,
+    refuse_ablation_of_swept_models,
+    refuse_to_continue,
+    text,
+)
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +74,7 @@ def _latest(asked: Arguments, place: str | None) -> str | None:
     try:
         if config is None:  # Hydra says what is wrong with it
             return place
-        found = runs.unfinished(_plain(config), beside=Path(place or config.hydra.run.dir))
+        found = runs.unfinished(plain(config), beside=Path(place or config.hydra.run.dir))
     except OmegaConfBaseException:  # as above
         return place
     if found:
@@ -88,35 +96,35 @@ def _rank() -> int:
     return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdecimal()), 0)
 
 
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
-    for key in ("grid", "released"):  # facts about the model, not choices of this run
-        plain.pop(key, None)
-    return plain
+def conclude() -> None:
+    """After Hydra: of a sweep its summary, and its exit code."""
+    if (sweep := sys.modules.get("tnt_lightning.sweep")) is not None and sweep.current is not None:
+        sweep.current.conclude()
 
 
-@command(before=find_directory)
+@command(before=find_directory, after=conclude)
 def main(config: DictConfig) -> float | None:
     """Trains; gives the validation top-1 (percent), which Hydra's sweepers read."""
     hydra = HydraConfig.get()
     check(config, hydra.runtime.choices["model"])
-    plain = _plain(config)
-    if plain["resume"] == "latest":  # otherwise `find_directory` has found it
+    plan = plain(config)
+    if plan["resume"] == "latest":  # otherwise `find_directory` has found it
         raise UserError("resume=latest: for the command line of a single run, as it stands here; hydra.run.dir=RUN goes on with any")
-    if hydra.mode == RunMode.MULTIRUN:
+    if hydra.mode == RunMode.MULTIRUN:  # in this process, by a launcher of Hydra's
         # Lightning's DDP starts the other ranks by this command line, and each would run the whole sweep.
-        if plain["trainer"]["devices"] == "auto":
-            plain["trainer"]["devices"] = 1
-        if plain["trainer"]["devices"] not in (1, "1", [0]) or plain["trainer"]["num_nodes"] != 1:
+        if plan["trainer"]["devices"] == "auto":
+            plan["trainer"]["devices"] = 1
+        if plan["trainer"]["devices"] not in (1, "1", [0]) or plan["trainer"]["num_nodes"] != 1:
             raise UserError(
-                f"trainer.devices={plain['trainer']['devices']}: a job of a sweep runs on one device; leave trainer.devices at auto"
+                f"trainer.devices={text(plan['trainer']['devices'])}: under hydra/launcher={hydra.runtime.choices['hydra/launcher']} a job "
+                "runs on one device; hydra/launcher=tnt runs it on several"
             )
         refuse_ablation_of_swept_models(hydra.runtime.choices.get("ablation"))
-        if plain["logger"]["name"] == "wandb" and not plain["logger"]["group"]:
-            plain["logger"]["group"] = "/".join(Path(hydra.sweep.dir).absolute().parts[-2:])
-    else:
+    elif OmegaConf.is_missing(hydra.job, "num"):  # and no job of a sweep
         refuse_ablation_in_a_single_run(hydra.runtime.choices.get("ablation"))
-    result = train(plain, Path(hydra.runtime.output_dir))
+    if not OmegaConf.is_missing(hydra.job, "num") and plan["logger"]["name"] == "wandb" and not plan["logger"]["group"]:
+        plan["logger"]["group"] = "/".join(Path(hydra.sweep.dir).absolute().parts[-2:])[-128:]
+    result = train(plan, Path(hydra.runtime.output_dir))
     return result.get("val/top1")
 
 

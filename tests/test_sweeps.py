@@ -1,0 +1,257 @@
+"""Sweeps as people start them: real jobs, each a process of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tnt_lightning import runs
+from tnt_lightning.sweep import gpus_here
+
+from .conftest import QUICK
+
+SHORT = (*QUICK[:2], "logger=csv", "+trainer.limit_train_batches=4", "model.depth=1", "trainer.accelerator=cpu")
+LONG = (*SHORT, "recipe.epochs=400", "+trainer.limit_val_batches=1")
+
+
+class Sweep:
+    """`python -m tnt_lightning.train -m ...` in a process of its own."""
+
+    def __init__(self, folder: Path, *overrides: str, **env: str):
+        self.folder = folder / "sweep"
+        line = [sys.executable, "-m", "tnt_lightning.train", "-m", *overrides, f"hydra.sweep.dir={self.folder}"]
+        self.process = subprocess.Popen(
+            line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}, start_new_session=True
+        )
+
+    def ended(self, code: int) -> str:
+        said, _ = self.process.communicate(timeout=200)
+        assert self.process.returncode == code, said + "".join(log.read_text() for log in self.folder.glob("*/job.log"))
+        assert "Traceback" not in said
+        return said
+
+    def started(self, name: str, times: int = 1) -> int:
+        """The process of a job, once it says so."""
+        return self.until(lambda: (found := self.headings(name)) and len(found) >= times and int(found[-1][0]))
+
+    def headings(self, name: str) -> list[tuple[str, str]]:
+        """(process, CUDA_VISIBLE_DEVICES) as the job's processes said it."""
+        log = self.folder / name / "job.log"
+        return (
+            re.findall(r"^[-0-9]+ [:0-9]+ process (\d+): (?:CUDA_VISIBLE_DEVICES=(\S*) )?python", log.read_text(), re.M)
+            if log.exists()
+            else []
+        )
+
+    def trained(self, name: str) -> None:
+        self.until((self.folder / name / "checkpoints" / "last.ckpt").exists)
+
+    def until(self, condition):
+        goal = time.monotonic() + 100
+        while not (value := condition()):
+            assert time.monotonic() < goal and self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.02)
+        return value
+
+    def states(self) -> dict[str, str]:
+        return {job["run"]: job["state"] for job in json.loads((self.folder / "sweep.json").read_text())["jobs"]}
+
+
+def gone(process: int, within: float = 30) -> bool:
+    goal = time.monotonic() + within
+    while time.monotonic() < goal:
+        try:
+            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("fork", ["true", pytest.param("false", marks=pytest.mark.slow)])
+def test_of_four_jobs_one_fails_and_the_others_have_run(tmp_path, fork):
+    said = Sweep(tmp_path, "inner_heads=1,5,2,4", *SHORT, f"hydra.launcher.fork={fork}").ended(1)
+    sweep = tmp_path / "sweep"
+    for heads in (1, 2, 4):
+        result = runs.result_of(sweep / f"inner_heads={heads}")
+        assert f"finished inner_heads={heads}: val top-1 {result['val/top1']:.2f}" in said
+        assert runs.config_of(sweep / f"inner_heads={heads}")["model"]["inner_heads"] == heads
+    assert re.search(
+        rf"^failed inner_heads=5: inner_heads=5 does not divide .* \(all it said: {sweep}/inner_heads=5/job.log\)$", said, re.M
+    )
+    assert "sweep: 3 finished, 1 failed" in said
+    assert not (sweep / "inner_heads=5" / "config.yaml").exists()
+    record = json.loads((sweep / "sweep.json").read_text())
+    assert [(job["swept"], job["state"]) for job in record["jobs"]] == [
+        (["inner_heads=1"], "finished"), (["inner_heads=5"], "failed"), (["inner_heads=2"], "finished"), (["inner_heads=4"], "finished"),
+    ]  # fmt: skip
+    assert record["command"][:5] == ["python", "-m", "tnt_lightning.train", "-m", "inner_heads=1,5,2,4"]
+
+
+@pytest.mark.slow
+def test_the_same_sweep_again_does_what_is_left(tmp_path):
+    """One job finished, one killed, one failed; then another configuration, and a fresh start."""
+    sweep = Sweep(tmp_path, "seed=0,2", *SHORT)
+    sweep.ended(0)
+    figures = (sweep.folder / "seed=0" / "result.json").read_bytes()
+    sweep = Sweep(tmp_path, "seed=0,1", *SHORT, "recipe.epochs=2")
+    said = sweep.ended(0)
+    assert "1 of 2 jobs are finished already" in said and sweep.states() == {"seed=0": "skipped", "seed=1": "finished"}
+    assert (sweep.folder / "seed=0" / "result.json").read_bytes() == figures
+    (sweep.folder / "seed=1" / "result.json").unlink()
+    again = Sweep(tmp_path, "seed=0,1", *SHORT)
+    assert "cut off before its end, and goes on: seed=1" in again.ended(0) and again.states() == {"seed=0": "skipped", "seed=1": "finished"}
+    assert "goes on from" in (sweep.folder / "seed=1" / "job.log").read_text()
+    said = Sweep(tmp_path, "seed=0,1", *SHORT, "optimizer.lr=0.001").ended(0)
+    for seed in (0, 1):
+        aside = sweep.folder / f"seed={seed}.before1"
+        assert f"seed={seed}: what lies there is of another configuration (optimizer.lr=0.001, was 0.003): put aside as {aside}" in said
+        assert runs.result_of(aside) and runs.config_of(sweep.folder / f"seed={seed}")["optimizer"]["lr"] == 0.001
+    said = Sweep(tmp_path, "seed=0,1", *SHORT, "optimizer.lr=0.001", "hydra.launcher.fresh=true").ended(0)
+    assert "finished seed=0" in said and runs.result_of(sweep.folder / "seed=0.before2")
+
+
+@pytest.mark.slow
+def test_another_commit_is_said(tmp_path):
+    Sweep(tmp_path, "seed=0,1", *SHORT).ended(0)
+    file = tmp_path / "sweep" / "seed=0" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "commit": "0123456789ab"}))
+    assert "note   trained by the code of commit 0123456789ab, and this is " in Sweep(tmp_path, "seed=0,1", *SHORT).ended(0)
+
+
+@pytest.mark.slow
+def test_a_killed_job_is_a_failure_that_goes_on(tmp_path):
+    sweep = Sweep(tmp_path, "seed=0,1", *LONG, "hydra.launcher.jobs=2")
+    process = sweep.started("seed=0")
+    sweep.trained("seed=0")
+    os.kill(process, signal.SIGKILL)
+    sweep.until(lambda: sweep.states()["seed=0"] == "failed")
+    sweep.trained("seed=1")
+    other = sweep.started("seed=1")
+    sweep.process.send_signal(signal.SIGINT)
+    said = sweep.ended(130)
+    assert gone(other, within=1) and sweep.states() == {"seed=0": "failed", "seed=1": "stopped"}
+    assert "failed seed=0: killed by SIGKILL" in said
+    assert "again, for what is not finished: python -m tnt_lightning.train -m seed=0,1" in said
+    again = Sweep(tmp_path, "seed=0,1", *LONG)
+    again.started("seed=0", times=2)
+    again.process.send_signal(signal.SIGTERM)
+    assert "cut off before its end, and goes on: seed=0; seed=1" in again.ended(143)
+    assert "stopped by SIGTERM at" in (sweep.folder / "seed=1" / "job.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", ["true", "false"])
+def test_of_a_killed_sweep_nothing_is_left_and_it_goes_on(tmp_path, fork):
+    knobs = (f"hydra.launcher.fork={fork}", "hydra.launcher.jobs=2")
+    sweep = Sweep(tmp_path, "seed=0,1,2", *LONG, *knobs)
+    processes = [sweep.started(f"seed={seed}") for seed in (0, 1)]
+    for seed in (0, 1):
+        sweep.trained(f"seed={seed}")
+    starter = int(Path(f"/proc/{processes[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    sweep.process.kill()
+    assert all(gone(process) for process in (*processes, starter))
+    again = Sweep(tmp_path, "seed=0,1,2", *LONG, *knobs)
+    for seed in (0, 1):
+        again.started(f"seed={seed}", times=2)
+    log = sweep.folder / "seed=0" / "job.log"
+    again.until(lambda: "goes on from" in log.read_text())
+    again.process.send_signal(signal.SIGTERM)
+    assert again.ended(143).count("stopped") >= 3 and "stopped by SIGTERM at" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_starter_takes_its_jobs_along(tmp_path):
+    sweep = Sweep(tmp_path, "seed=0,1", *LONG)
+    process = sweep.started("seed=0")
+    sweep.trained("seed=0")
+    os.kill(int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+    assert "error: the process that starts the jobs was killed" in sweep.ended(2) and gone(process)
+
+
+@pytest.mark.slow
+def test_two_sweeps_in_one_directory_are_refused(tmp_path):
+    sweep = Sweep(tmp_path, "seed=0,1", *LONG)
+    sweep.started("seed=0")
+    assert "sweep is in use by another process that sweeps in it" in Sweep(tmp_path, "seed=0,1", *LONG).ended(2)
+    sweep.process.send_signal(signal.SIGTERM)
+    sweep.ended(143)
+
+
+@pytest.mark.slow
+def test_jobs_of_different_sizes_train_on_processes_of_their_own(tmp_path):
+    said = Sweep(tmp_path, "seed=0,1", "trainer.devices=1,2", *SHORT, "hydra.launcher.jobs=2").ended(0)
+    for seed in (0, 1):
+        for devices in (1, 2):
+            assert runs.result_of(tmp_path / "sweep" / f"seed={seed},trainer.devices={devices}")["devices"] == devices, said
+
+
+@pytest.mark.slow
+def test_no_two_jobs_at_a_time_have_one_gpu(tmp_path):
+    """Four GPUs that only the names of are there; what each job has is what its own process says."""
+    sizes = "trainer.devices=1,2"
+    overrides = [*SHORT[:-1], "trainer.accelerator=auto", "recipe.epochs=1", "recipe.warmup_epochs=0", "+trainer.limit_val_batches=1"]
+    sweep = Sweep(tmp_path, "seed=0,1,2,3", sizes, *overrides, "hydra.launcher.gpus=4", CUDA_VISIBLE_DEVICES="2,3,5,7")
+    said = sweep.ended(0)
+    busy: dict[str, str] = {}
+    most, seen = 0, set()
+    for line in said.splitlines():
+        if match := re.match(r"running  (\S+) (\S+) on GPU (\S+)$", line):
+            name = f"{match[1]},{match[2]}"
+            assert not busy.keys() & set(match[3].split(",")), said
+            busy |= dict.fromkeys(match[3].split(","), name)
+            seen |= busy.keys()
+            assert [gpus for _, gpus in sweep.headings(name)] == [match[3]] and len(match[3].split(",")) == int(name[-1])
+            most = max(most, len(busy))
+        elif match := re.match(r"finished (\S+) (\S+):", line):
+            busy = {gpu: name for gpu, name in busy.items() if name != f"{match[1]},{match[2]}"}
+    assert most == 4 and not busy and seen == {"2", "3", "5", "7"}
+
+
+@pytest.mark.slow
+def test_a_sweeper_that_goes_batch_by_batch_gets_every_batch(tmp_path):
+    sweep = Sweep(tmp_path, "inner_heads=5,1", *SHORT, "hydra.sweeper.max_batch_size=1")
+    said = sweep.ended(1)
+    assert sweep.states() == {"inner_heads=5": "failed", "inner_heads=1": "finished"}
+    assert said.count("sweep  ") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides, line",
+    [
+        (["seed=0,1", "optimizer.lr=-1"], "seed=0: optimizer.lr=-1 is not a number"),
+        (["seed=0,1", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0 is not null or a whole number from 1"),
+        (["seed=0,1", "hydra.launcher.fresh=maybe"], "hydra.launcher.fresh=maybe is not true or false"),
+        (["seed=0,1", "hydra.launcher.job=2"], "hydra.launcher.job=2: no such key; did you mean hydra.launcher.jobs?"),
+        (["seed=0,1", "trainer.devices=[0,1]"], "seed=0: trainer.devices=[0,1]: a job's devices are chosen by the sweep"),
+        (["seed=0,1", "trainer.num_nodes=2"], "seed=0: trainer.num_nodes=2: a job of this launcher runs on one machine"),
+        (["seed=0,1", "trainer.devices=3", "hydra.launcher.gpus=[0,1]"], "seed=0: trainer.devices=3, and the sweep has 2 GPUs"),
+        (["seed=0,1", "resume=latest"], "seed=0: resume=latest: a sweep goes on by the same command"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_any_job(tmp_path, overrides, line):
+    said = Sweep(tmp_path, *overrides).ended(2)
+    assert said.startswith(f"error: {line}") and said.count("\n") == 1
+    assert not list((tmp_path / "sweep").glob("*/*"))
+
+
+def test_the_machines_gpus(monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf 'GPU 0: NVIDIA H200 (UUID: GPU-0)\\nGPU 1: NVIDIA H200 (UUID: GPU-1)\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpus_here(None) == ["0", "1"] and gpus_here(1) == ["0"] and gpus_here([1]) == ["1"]
+    for visible, found in {"3,GPU-1a": ["3", "GPU-1a"], "": [], "-1": [], "0,-1,1": ["0"]}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpus_here(None) == found
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setenv("PATH", "")
+    assert gpus_here(None) == [] and gpus_here(2) == ["0", "1"]

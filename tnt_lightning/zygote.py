@@ -1,0 +1,227 @@
+"""The process that starts the jobs of a sweep, and outlives the sweep only to end them.
+
+It imports once what every job imports, and a job is a fork of it, which takes a fraction of a second instead of many. A fork is sound
+while this process has a single thread and has run nothing of torch in parallel and nothing on a GPU. Elsewhere than on Linux, where
+system libraries have threads of their own, and by option, jobs are plain processes.
+
+Lines of JSON come in and go out:
+    {"start": NUMBER, "argv": [...], "env": {...}, "log": FILE}    start a job: `python -m tnt_lightning.train ARGV`
+    {"signal": SIGNAL}                                             to every job
+    {"ended": NUMBER, "code": CODE}                                said of a job when none of its processes is left; -9: by SIGKILL
+The end of what comes in is the end of the sweep, in whatever way it ended: jobs are told to stop, and write their checkpoints.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import runpy
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+COMMAND = "tnt_lightning.train"
+PRELOADED = ("lightning", "wandb", "hydra.main", "tnt_lightning.build", "tnt_lightning.dashboard", "tnt_lightning.evaluate",
+             "tnt_lightning.ranks", "tnt_lightning.show", "tnt_lightning.signals", "tnt_lightning.config")  # fmt: skip
+LEFT_S = 20  # that processes of a job may outlive its first one: ranks that notice, a service that uploads
+STOP_S = 120  # that jobs have for a checkpoint when the sweep is gone
+_PR_SET_PDEATHSIG = 1
+
+
+def can_fork() -> bool:
+    return sys.platform == "linux"
+
+
+def main() -> None:
+    if sys.argv[1] == "fork":
+        for name in PRELOADED:
+            importlib.import_module(name)
+        threads = len(os.listdir("/proc/self/task"))
+        if threads == 1:
+            Forks().serve()
+            return
+        print(f"note   {threads} threads after the imports, which a fork would not survive: jobs are plain processes", file=sys.stderr)
+    Plain().serve()
+
+
+def _say(**line: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        os.write(1, json.dumps(line).encode() + b"\n")
+
+
+class Forks:
+    """Without any thread: it waits for lines and for the ends of processes at one place."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, int] = {}  # process -> number
+        self.leaving: dict[int, tuple[int, int, float]] = {}  # process group -> number, exit code, when it is ended by force
+        self.libc = ctypes.CDLL(None)
+
+    def serve(self) -> None:
+        ends, pipe = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+        rest, force = b"", None
+        while True:
+            ready, _, _ = select.select([ends, *([0] if force is None else [])], [], [], 0.1 if self.leaving or force else None)
+            if ends in ready:
+                os.read(ends, 4096)
+            if 0 in ready:
+                if data := os.read(0, 1 << 16):
+                    *lines, rest = (rest + data).split(b"\n")
+                    for line in lines:
+                        self.obey(json.loads(line))
+                else:
+                    force = time.monotonic() + STOP_S
+                    self.signal(signal.SIGTERM)
+            self.reap()
+            if force is not None:
+                if not self.jobs and not self.leaving:
+                    return
+                if time.monotonic() > force:
+                    self.signal(signal.SIGKILL)
+
+    def obey(self, line: dict[str, Any]) -> None:
+        if "signal" in line:
+            self.signal(line["signal"])
+            return
+        parent = os.getpid()
+        process = os.fork()
+        if process == 0:
+            self.become(line, parent)
+        self.jobs[process] = line["start"]
+
+    def signal(self, number: int) -> None:
+        for process in self.jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, number)
+
+    def reap(self) -> None:
+        for process in list(self.jobs):
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                self.leaving[process] = (self.jobs.pop(process), os.waitstatus_to_exitcode(status), time.monotonic() + LEFT_S)
+        for group, (number, code, force) in list(self.leaving.items()):
+            if _left(group, by_force=time.monotonic() > force):
+                continue
+            del self.leaving[group]
+            _say(ended=number, code=code)
+
+    def become(self, job: dict[str, Any], parent: int) -> NoReturn:
+        """The job, in the child: as if Python had just been started for it."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            os.setsid()
+            self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # which died in between
+                os._exit(1)
+            _to_log(job["log"])
+            os.environ.clear()
+            os.environ.update(job["env"])
+            sys.argv = [COMMAND, *job["argv"]]
+            print(_heading(job, os.getpid()))
+            runpy.run_module(COMMAND, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+            if isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        try:
+            threading._shutdown()  # type: ignore[attr-defined]
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+
+
+class Plain:
+    """A thread for each job, which waits for its end."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[int, subprocess.Popen] = {}
+
+    def serve(self) -> None:
+        for text in sys.stdin:
+            line = json.loads(text)
+            if "signal" in line:
+                self.signal(line["signal"])
+            else:
+                threading.Thread(target=self.run, args=(line,)).start()
+        self.signal(signal.SIGTERM)
+        force = time.monotonic() + STOP_S
+        while self.jobs:
+            time.sleep(0.1)
+            if time.monotonic() > force:
+                self.signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+
+    def run(self, job: dict[str, Any]) -> None:
+        Path(job["log"]).parent.mkdir(parents=True, exist_ok=True)
+        with open(job["log"], "ab") as log:
+            process = self.jobs[job["start"]] = subprocess.Popen(
+                [sys.executable, "-m", COMMAND, *job["argv"]],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=job["env"], start_new_session=True,
+            )  # fmt: skip
+            log.write(_heading(job, process.pid).encode() + b"\n")
+        code, force = process.wait(), time.monotonic() + LEFT_S
+        while os.name != "nt" and _left(process.pid, by_force=time.monotonic() > force):
+            time.sleep(0.1)
+        _say(ended=job["start"], code=code)
+        del self.jobs[job["start"]]
+
+    def signal(self, number: int) -> None:
+        for process in list(self.jobs.values()):
+            process.send_signal(number)
+
+
+def _left(group: int, *, by_force: bool) -> bool:
+    """Whether processes of a job are left: on its GPUs another job would meet them."""
+    try:
+        os.killpg(group, signal.SIGKILL if by_force else 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return not by_force and (sys.platform != "linux" or any(_is_of(group, file) for file in Path("/proc").glob("[0-9]*/stat")))
+
+
+def _is_of(group: int, file: Path) -> bool:
+    """And no zombie, of which a container without an init process rids nobody."""
+    try:
+        state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return False
+    return int(its_group) == group and state != "Z"
+
+
+def _heading(job: dict[str, Any], process: int) -> str:
+    """The first line of a job's log: with it the job is started by hand."""
+    gpus = job["env"].get("CUDA_VISIBLE_DEVICES")
+    line = shlex.join(["python", "-m", COMMAND, *job["argv"]])
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {process}: {'' if gpus is None else f'CUDA_VISIBLE_DEVICES={gpus} '}{line}"
+
+
+def _to_log(file: str) -> None:
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for here, there in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(here, there)
+    os.close(nothing)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()
