@@ -289,7 +289,7 @@ class Sweep:
         lines()
 
     def _rows(self, height: int) -> Table:
-        table = Table("job", "state", "GPU", "epoch", "val top-1", "time left", caption=self._counts())
+        table = Table("job", "state", *(["GPU"] if self.machine.gpus else []), "epoch", "val top-1", "time left", caption=self._counts())
         order = ("running", "failed", "waiting", "finished", "stopped", "skipped")
         rows = sorted(self.jobs, key=lambda job: order.index(job.state))
         for job in rows[: max(3, height - 8)]:
@@ -299,7 +299,8 @@ class Sweep:
             seen = f"{job.epoch} of {epochs}" if job.state == "running" else ""
             figure = job.top1 if job.state == "running" else job.figure if job.state in ("finished", "skipped") else None
             left = _time_left(job, epochs) if job.state == "running" else ""
-            table.add_row(escape(job.name), job.state, ",".join(job.gpus), seen, "" if figure is None else f"{figure:.2f}", left)
+            on = [",".join(job.gpus)] if self.machine.gpus else []
+            table.add_row(escape(job.name), job.state, *on, seen, "" if figure is None else f"{figure:.2f}", left)
         return table
 
     def _counts(self) -> str:
