@@ -91,9 +91,11 @@ def test_a_wheel_in_a_clean_environment_works_the_same_from_another_folder(tmp_p
     assert "test top-1" in said and "wandb sync" in said
     result = json.loads((home / "run" / "result.json").read_text())
     assert result["parameters"] == 397_642 and result["commit"] is None
+    said = run(scripts / "tnt-train", "-m", "seed=0,1", "trainer=debug", "logger=csv", "hydra.sweep.dir=sweep", cwd=home)
+    assert "2 finished" in said and (home / "sweep" / "seed=1" / "result.json").exists()
     table = run(scripts / "python", "-m", "tnt_lightning.evaluate", "run=run", cwd=home)
     assert f"{result['test/loss']:g}" in table
     assert "outer_dim: 48" in run(scripts / "tnt-train", "--config-dir", mine, "model=little", "--cfg", "job", cwd=home)
     code = "import tnt_lightning as t; print(t.create_model('tnt_s').num_classes, t.load_run('run').num_classes)"
     assert run(scripts / "python", "-c", code, cwd=home).split() == ["1000", "10"]
-    assert sorted(path.name for path in home.iterdir()) == ["run"]
+    assert sorted(path.name for path in home.iterdir()) == ["run", "sweep"]

@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tnt_lightning import runs
-from tnt_lightning.sweep import gpus_here
+from tnt_lightning.sweep import Machine, gpus_here
 
 from .conftest import QUICK
 
@@ -221,6 +222,47 @@ def test_a_sweeper_that_goes_batch_by_batch_gets_every_batch(tmp_path):
     said = sweep.ended(1)
     assert sweep.states() == {"inner_heads=5": "failed", "inner_heads=1": "finished"}
     assert said.count("sweep  ") == 1
+
+
+SWEEPER = """
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from pathlib import Path
+
+class Asking(BasicSweeper):
+    def sweep(self, arguments):
+        Path(self.config.hydra.sweep.dir).mkdir(parents=True)
+        for number, heads in enumerate((1, 5)):
+            [job] = self.launcher.launch([[*arguments, f"inner_heads={heads}"]], initial_job_idx=number)
+            print("figure", job.return_value)
+"""
+
+
+@pytest.mark.slow
+def test_a_sweeper_reads_the_validation_figure_of_each_job(tmp_path):
+    plugin = tmp_path / "hydra_plugins" / "asking" / "__init__.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(SWEEPER)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    said = Sweep(tmp_path, *SHORT, "hydra.sweeper._target_=hydra_plugins.asking.Asking", PYTHONPATH=path).ended(1)
+    result = runs.result_of(tmp_path / "sweep" / "inner_heads=1")
+    assert re.findall(r"^figure (\S+)$", said, re.M) == [str(result["val/top1"]), "nan"]
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_share_the_cores(tmp_path):
+    for part, count in (("train", 64), ("val", 8)):
+        for name in ("cat", "dog"):
+            (folder := tmp_path / "photos" / part / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    photos = ("data=folder", f"data.root={tmp_path / 'photos'}", "model=tnt_digits", "recipe=digits", "image_size=8")
+    sweep = Sweep(tmp_path, "seed=0,1", *photos, *SHORT, "hydra.launcher.jobs=2")
+    sweep.ended(0)
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert share >= 8 or [runs.config_of(sweep.folder / f"seed={seed}")["data"]["num_workers"] for seed in (0, 1)] == [share, share]
+    machine = Machine(gpus=[], at_once=2, cores=8)
+    assert machine.share(1) == 4 and machine.share(2) == 2 and machine.share(16) == 1
+    assert Machine(gpus=[], at_once=1, cores=8).share(1) is None and Machine(gpus=["0"], at_once=2, cores=8).share(1) is None
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def gpus_here(given: int | Sequence[Any] | None) -> list[str]:
     Without a call of CUDA, which a process whose forks use GPUs must not make.
     """
     if isinstance(given, Sequence):
-        return [str(gpu) for gpu in given]
+        return list(dict.fromkeys(map(str, given)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         found = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
