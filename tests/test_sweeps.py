@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 
 from tnt_lightning import runs
-from tnt_lightning.sweep import Machine, gpus_here
+from tnt_lightning.cli import folder_name
+from tnt_lightning.errors import UserError
+from tnt_lightning.sweep import Machine, _last_words, gpus_here
 
 from .conftest import QUICK
 
@@ -169,12 +171,54 @@ def test_of_a_killed_sweep_nothing_is_left_and_it_goes_on(tmp_path, fork):
 
 
 @pytest.mark.slow
-def test_a_killed_starter_takes_its_jobs_along(tmp_path):
-    sweep = Sweep(tmp_path, "seed=0,1", *LONG)
+@pytest.mark.parametrize("fork", ["true", "false"])
+def test_a_killed_starter_takes_its_jobs_along(tmp_path, fork):
+    sweep = Sweep(tmp_path, "seed=0,1", *LONG, f"hydra.launcher.fork={fork}")
     process = sweep.started("seed=0")
     sweep.trained("seed=0")
     os.kill(int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
     assert "error: the process that starts the jobs was killed" in sweep.ended(2) and gone(process)
+    assert sweep.states() == {"seed=0": "stopped", "seed=1": "stopped"}
+
+
+@pytest.mark.slow
+def test_who_ends_every_process_of_a_sweep_gets_its_checkpoints(tmp_path):
+    """As SLURM and systemd do: the sweep and its starter tell a job to stop that was told already."""
+    sweep = Sweep(tmp_path, "seed=0,1", *LONG)
+    process = sweep.started("seed=0")
+    sweep.trained("seed=0")
+    starter = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    for one in (process, starter, sweep.process.pid):
+        os.kill(one, signal.SIGTERM)
+    assert "2 stopped" in sweep.ended(143) and gone(starter)
+    assert "stopped by SIGTERM at" in (sweep.folder / "seed=0" / "job.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fork", ["true", "false"])
+def test_a_job_that_cannot_be_started_fails_alone(tmp_path, fork):
+    """What prints when Python starts is no line of the starter's."""
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "seed=0").touch()
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('a banner')\n")
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    sweep = Sweep(tmp_path, "seed=0,1", *SHORT, f"hydra.launcher.fork={fork}", PYTHONPATH=path)
+    said = sweep.ended(1)
+    assert sweep.states() == {"seed=0": "failed", "seed=1": "finished"}
+    assert f"failed seed=0: {sweep.folder / 'seed=0'}: cannot be written (" in said
+
+
+@pytest.mark.slow
+def test_a_configuration_of_ones_own_reaches_the_jobs(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.yaml").write_text("defaults:\n  - config\n  - _self_\nrecipe:\n  label_smoothing: 0.25\n")
+    sweep = Sweep(tmp_path, "--config-dir", "mine", "--config-name", "own", "seed=0,1", *SHORT)
+    sweep.ended(0)
+    assert runs.config_of(sweep.folder / "seed=1")["recipe"]["label_smoothing"] == 0.25
+    assert "2 of 2 jobs are finished already" in Sweep(tmp_path, "--config-dir", "mine", "--config-name", "own", "seed=0,1", *SHORT).ended(
+        0
+    )
 
 
 @pytest.mark.slow
@@ -221,7 +265,7 @@ def test_a_sweeper_that_goes_batch_by_batch_gets_every_batch(tmp_path):
     sweep = Sweep(tmp_path, "inner_heads=5,1", *SHORT, "hydra.sweeper.max_batch_size=1")
     said = sweep.ended(1)
     assert sweep.states() == {"inner_heads=5": "failed", "inner_heads=1": "finished"}
-    assert said.count("sweep  ") == 1
+    assert said.count("sweep  ") == 1 and said.count("\nfailed   inner_heads=5") == 1
 
 
 SWEEPER = """
@@ -260,9 +304,9 @@ def test_jobs_at_the_same_time_share_the_cores(tmp_path):
     sweep.ended(0)
     share = max(1, len(os.sched_getaffinity(0)) // 2)
     assert share >= 8 or [runs.config_of(sweep.folder / f"seed={seed}")["data"]["num_workers"] for seed in (0, 1)] == [share, share]
-    machine = Machine(gpus=[], at_once=2, cores=8)
+    machine = Machine(gpus=None, at_once=2, cores=8)
     assert machine.share(1) == 4 and machine.share(2) == 2 and machine.share(16) == 1
-    assert Machine(gpus=[], at_once=1, cores=8).share(1) is None and Machine(gpus=["0"], at_once=2, cores=8).share(1) is None
+    assert Machine(gpus=None, at_once=1, cores=8).share(1) is None and Machine(gpus=["0"], at_once=2, cores=8).share(1) is None
 
 
 @pytest.mark.parametrize(
@@ -275,13 +319,16 @@ def test_jobs_at_the_same_time_share_the_cores(tmp_path):
         (["seed=0,1", "trainer.devices=[0,1]"], "seed=0: trainer.devices=[0,1]: a job's devices are chosen by the sweep"),
         (["seed=0,1", "trainer.num_nodes=2"], "seed=0: trainer.num_nodes=2: a job of this launcher runs on one machine"),
         (["seed=0,1", "trainer.devices=3", "hydra.launcher.gpus=[0,1]"], "seed=0: trainer.devices=3, and the sweep has 2 GPUs"),
+        (["seed=0,1", "model=tnt_s,nope"], "model=nope not found; available: deit_s, tnt_b"),
+        (["seed=0,1", "hydra.sweep.subdir=one"], "seed=0 and seed=1: both would lie in "),
+        (["seed=0,1", "hydra.launcher.gpus=2", "hydra.launcher.jobs=2"], "hydra.launcher.gpus=2: "),
         (["seed=0,1", "resume=latest"], "seed=0: resume=latest: a sweep goes on by the same command"),
     ],
 )
 def test_what_does_not_fit_is_said_before_any_job(tmp_path, overrides, line):
     said = Sweep(tmp_path, *overrides).ended(2)
     assert said.startswith(f"error: {line}") and said.count("\n") == 1
-    assert not list((tmp_path / "sweep").glob("*/*"))
+    assert not list(tmp_path.iterdir()), "nothing is left of it"
 
 
 def test_the_machines_gpus(monkeypatch, tmp_path):
@@ -290,10 +337,47 @@ def test_the_machines_gpus(monkeypatch, tmp_path):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpus_here(None) == ["0", "1"] and gpus_here(1) == ["0"] and gpus_here([1]) == ["1"]
-    for visible, found in {"3,GPU-1a": ["3", "GPU-1a"], "": [], "-1": [], "0,-1,1": ["0"]}.items():
+    assert gpus_here(None) == ["0", "1"] and gpus_here(1) == ["0"] and gpus_here([1, 1]) == ["1"] and gpus_here(0) == []
+    with pytest.raises(UserError, match=r"gpus=4: this machine has 2; hydra.launcher.jobs=4 runs as many"):
+        gpus_here(4)
+    for visible, found in {"3,GPU-1a,3": ["3", "GPU-1a"], "": [], "-1": [], "0,-1,1": ["0"]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert gpus_here(None) == found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    with pytest.raises(UserError, match=r"gpus=\[0,1\]: CUDA_VISIBLE_DEVICES has no GPU 0; it has 4, 5"):
+        gpus_here([0, 1])
+    assert gpus_here([5]) == ["5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     monkeypatch.setenv("PATH", "")
-    assert gpus_here(None) == [] and gpus_here(2) == ["0", "1"]
+    assert gpus_here(None) is None and gpus_here(["1"]) == ["1"]
+    with pytest.raises(UserError, match="this machine has 0"):
+        gpus_here(2)
+
+
+@pytest.mark.parametrize(
+    "overrides, name",
+    [
+        (["seed=0", "tnt_blocks=[1,6]"], "seed=0,tnt_blocks=1-6"),
+        (["+trainer.limit_train_batches=4", "se=true"], "trainer.limit_train_batches=4,se=true"),
+        (["data.root=/a/b"], "data.root=_a_b-"),
+        (["data.root='/a b'"], "data.root=__a_b_-"),
+        ([f"data.root={'字' * 100}"], f"data.root={'字' * 33}-"),
+    ],
+)
+def test_a_directory_is_named_by_overrides(overrides, name):
+    found = folder_name(overrides)
+    assert found == name or (name.endswith("-") and re.fullmatch(re.escape(name) + "[0-9a-f]{8}", found))
+
+
+def test_other_overrides_have_other_names():
+    different = ["w=/a/b", "w=/a_b", "w=a:b", "w=a/b", "w='a b'", "w=ab", "w=[[1,2],[3]]", "w=[[1],[2,3]]", "w=[1,2,3]", "w={a:1}", "w=a1"]
+    assert len({folder_name([override]) for override in different}) == len(different)
+
+
+def test_of_a_log_with_several_attempts_the_last_one_tells(tmp_path):
+    log, heading = tmp_path / "job.log", "2026-01-02 03:04:05 process 7: python -m tnt_lightning.train\n"
+    log.write_text(f"{heading}error: /old: no space\n{heading}run x\nRuntimeError: boom\n")
+    assert _last_words(log, 1) == "RuntimeError: boom" and _last_words(log, -9) == "killed by SIGKILL"
+    assert _last_words(log, -40) == "killed by signal 40" and _last_words(tmp_path / "none", 3) == "exit code 3"
+    log.write_text(f"{heading}error: a: b\nmore\n{heading}")
+    assert _last_words(log, 1) == "exit code 1"

@@ -33,6 +33,7 @@ from tnt_lightning.errors import UserError, did_you_mean, one_line
 from tnt_lightning.faults import explained
 from tnt_lightning.schema import KINDS
 
+begun: list[bool] = []  # before the task, or the first job of a sweep, other errors than ours are the user's too; in it, they are bugs
 _OURS = "TNT_LIGHTNING_SHORT_ERRORS"  # says, also to the other ranks, that HYDRA_FULL_ERROR was set here and not by the user
 
 
@@ -47,7 +48,6 @@ def command(
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], None]:
         stays: set[Path] = set()
-        begun: list[bool] = []  # before the task, other errors than ours are the user's too; in it, they are bugs
 
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
@@ -72,9 +72,10 @@ def command(
         def main() -> None:
             begun.clear()
             stays.clear()
-            if (asked := arguments()) and (run := asked.given.get("hydra.run.dir")):
-                here = Path(str(run)).absolute()
-                stays.update(folder for folder in (here, here.parent) if folder.exists())
+            if asked := arguments():
+                for place in (asked.given.get("hydra.run.dir"), _sweeps_in(asked)):
+                    here = Path(str(place)).absolute()
+                    stays.update(folder for folder in (here, here.parent) if place and folder.exists())
             logging.raiseExceptions = False  # a train.log that its disk has no room for would show a traceback for each line
             if before is None:
                 _refuse_to_write_over("hydra.sweep.dir", "multirun.yaml")
@@ -90,12 +91,15 @@ def command(
             except KeyboardInterrupt:
                 raise SystemExit(130) from None
             except (UserError, HydraException, OmegaConfBaseException) as error:
+                if not begun:
+                    _clear_sweep(stays)
                 if _with_tracebacks() or (begun and not isinstance(error, UserError)):
                     raise
                 fail(answer(error, config_name=config_name))
             except Exception as error:
                 if _with_tracebacks() or begun:
                     raise
+                _clear_sweep(stays)
                 fail(_not_composed(error))
 
         return main
@@ -129,6 +133,24 @@ def _clear(hydra: Any, stays: set[Path]) -> None:
             if folder.absolute() in stays:
                 break
             folder.rmdir()
+
+
+def _sweeps_in(asked: "Arguments") -> Path | None:
+    """The directory of a sweep, as far as the command line tells."""
+    return Path(str(asked.given.get("hydra.sweep.dir") or Path("multirun") / sweep_name())) if asked.multirun else None
+
+
+def _clear_sweep(stays: set[Path]) -> None:
+    """Take away what Hydra wrote for a sweep that was refused."""
+    asked = arguments()
+    folder = _sweeps_in(asked) if asked else None
+    with contextlib.suppress(OSError):
+        if folder is not None and {file.name for file in folder.iterdir()} == {"multirun.yaml"}:
+            (folder / "multirun.yaml").unlink()
+            for here in (folder, folder.parent):
+                if here.absolute() in stays:
+                    break
+                here.rmdir()
 
 
 def _not_composed(error: Exception) -> str:
@@ -266,13 +288,15 @@ def composed(overrides: list[str], config_name: str = "config") -> DictConfig | 
 class Arguments:
     """The command line as Hydra reads it.
 
-    overrides: as they stand there; given: key -> value of those that set a single one
+    overrides: as they stand there; given: key -> value of those that set a single one; flags: that choose a configuration
     """
 
     def __init__(self) -> None:
         known = get_args_parser().parse_args(sys.argv[1:])
         self.overrides: list[str] = known.overrides
         self.config_dir, self.multirun = known.config_dir, known.multirun
+        flags = {"--config-dir": known.config_dir, "--config-path": known.config_path, "--config-name": known.config_name}
+        self.flags = [part for flag, value in flags.items() if value is not None for part in (flag, value)]
         self.cfg, self.help = known.cfg or known.info, known.help or known.hydra_help or known.shell_completion
         read = OverridesParser.create().parse_overrides(self.overrides)
         self.given = {one.key_or_group: one.value() for one in read if not one.is_sweep_override() and not one.is_delete()}
@@ -307,28 +331,26 @@ def _of_the_task() -> list[Override]:
 
 
 def folder_name(overrides: Sequence[str]) -> str:
-    """`seed=0,tnt_blocks=1-6` of ["seed=0", "tnt_blocks=[1,6]"]; other overrides have another name."""
-    name = ",".join(map(_plainly, overrides))
-    return name if len(name) <= 120 else f"{name[:110]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _plainly(override: str) -> str:
-    depth, name = 0, ""
-    for char in override.lstrip("+"):
-        depth += (char in "[{(") - (char in "]})")
-        if char not in "[](){}'\" ":
-            name += "-" if char == "," and depth else char if char.isalnum() or char in "=,.-_@~%+" else "_"
-    return name
+    """`seed=0,tnt_blocks=1-6` of ["seed=0", "tnt_blocks=[1,6]"]. Where a name cannot hold all that they are, a hash tells them apart."""
+    plain = [re.sub(r"=\[([\w.]+(?:,[\w.]+)*)\]$", lambda found: "=" + found[1].replace(",", "-"), one.lstrip("+")) for one in overrides]
+    name = re.sub(r"[^\w=,.@~%+-]", "_", ",".join(plain))
+    if name == ",".join(plain) and len(name.encode()) <= 120:
+        return name
+    short = name.encode()[:110].decode(errors="ignore")
+    return f"{short}-{hashlib.sha256(','.join(overrides).encode()).hexdigest()[:8]}"
 
 
 def quoted(key: str, value: object) -> str:
     """An override as Hydra's grammar takes it, whatever characters the value has."""
-    escaped = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    # A backslash is itself, but before a quote.
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
     return f"{key}='{escaped}'"
 
 
+def sweep_name() -> str:
+    return folder_name([one.input_line or "" for one in _of_the_task()]) or "default"
+
+
 # The directory of a sweep is named by its command line, and that of a job by what is swept, so that the same command finds them again.
-OmegaConf.register_new_resolver(
-    "sweep_name", lambda: folder_name([one.input_line or "" for one in _of_the_task()]) or "default", replace=True
-)
+OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True)
 OmegaConf.register_new_resolver("job_name", lambda overrides, number: folder_name(swept_of(list(overrides))) or str(number), replace=True)

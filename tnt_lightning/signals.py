@@ -1,7 +1,7 @@
 """What a training process does with signals: it notes them, and training stops between two steps, with a checkpoint.
 
 SIGTERM and SIGINT end the run; SIGUSR1, which SLURM sends ahead of a job's time limit (--signal=USR1@120), hands the job back to SLURM
-too. A second signal ends the process at once.
+too. A second signal ends the process at once, but for a SIGTERM within seconds of the first one.
 """
 
 import os
@@ -9,11 +9,13 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
 UNHEARD_S = 20  # outside of training: until a signal that nobody took up ends the process all the same
+SAME_S = 5  # a SIGTERM so soon after another is the same one: who ends a job tells all its processes, and some of these tell others
 WORKER_S = 30  # how long a loader's worker outlives a SIGTERM that was sent to every process of a job
 
 
@@ -29,6 +31,7 @@ class Signals:
         self.phase = "before"
         self.first = first
         self._ending = False
+        self._first_term: float | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
@@ -51,6 +54,10 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         ends = number in (signal.SIGTERM, signal.SIGINT)
+        if number == signal.SIGTERM and self._first_term is not None and time.monotonic() - self._first_term < SAME_S:
+            return
+        if number == signal.SIGTERM:
+            self._first_term = time.monotonic()
         if ends and self._ending:
             os._exit(128 + number)
         self._ending |= ends
@@ -63,8 +70,12 @@ class Signals:
     def _listen(self, pipe: int) -> None:
         """In a thread, which the system's own handler wakes: Python's handlers wait for the main thread, which may be deep in C, in a
         collective or on a dead disk."""
-        ends = 0
+        ends, first_term = 0, None
         while number := os.read(pipe, 1):
+            if number[0] == signal.SIGTERM:
+                if first_term is not None and time.monotonic() - first_term < SAME_S:
+                    continue
+                first_term = time.monotonic()
             ends += number[0] in (signal.SIGTERM, signal.SIGINT)
             if ends == 2:
                 os._exit(128 + number[0])

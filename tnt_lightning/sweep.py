@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -28,7 +29,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from tnt_lightning import runs, zygote
+from tnt_lightning import runs, signals, zygote
 from tnt_lightning.config import changes
 from tnt_lightning.errors import UserError, one_line
 
@@ -43,7 +44,7 @@ _OF_OTHERS = (
 )  # fmt: skip
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Job:
     """A run of a sweep.
 
@@ -79,28 +80,31 @@ class Job:
 
 @dataclass(kw_only=True)
 class Machine:
-    """What jobs share: GPUs, by the names that CUDA_VISIBLE_DEVICES takes; at most so many jobs at a time; CPU cores."""
+    """What jobs share: GPUs, by the names that CUDA_VISIBLE_DEVICES takes; at most so many jobs at a time; CPU cores.
 
-    gpus: list[str]
+    gpus: None where none is known of, and jobs are left to look for themselves
+    """
+
+    gpus: list[str] | None
     at_once: int
     cores: int = field(default_factory=lambda: _cores())
 
     def __post_init__(self) -> None:
-        self.free = list(self.gpus)
+        self.free = list(self.gpus or ())
 
     def share(self, devices: int) -> int | None:
         """Of the cores, for each process of a job. None on a machine with GPUs, whose jobs are not alike to share them."""
         return None if self.gpus or self.at_once * devices == 1 else max(1, self.cores // (self.at_once * devices))
 
 
-def gpus_here(given: int | Sequence[Any] | None) -> list[str]:
+def gpus_here(given: int | Sequence[Any] | None) -> list[str] | None:
     """The GPUs of a sweep: those of CUDA_VISIBLE_DEVICES or else the machine's; all of them, so many, or those given by name.
 
-    Without a call of CUDA, which a process whose forks use GPUs must not make.
+    None where there is none that anybody knows of. UserError where others are asked for. Without a call of CUDA, which a process whose
+    forks use GPUs must not make.
     """
-    if isinstance(given, Sequence):
-        return list(dict.fromkeys(map(str, given)))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found: list[str] | None = None
     if visible is not None:
         found = [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
         found = found[: found.index("-1")] if "-1" in found else found
@@ -109,12 +113,19 @@ def gpus_here(given: int | Sequence[Any] | None) -> list[str]:
             listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, timeout=60)
             found = [str(n) for n, _ in enumerate(line for line in listed.stdout.splitlines() if line.startswith("GPU "))]
         except (OSError, subprocess.TimeoutExpired):
-            found = []
-    else:
-        found = []
-    if given is not None and given > len(found) and visible is None:
-        return [str(n) for n in range(given)]
-    return found if given is None else found[:given]
+            pass
+    found = found and list(dict.fromkeys(found))
+    where = "CUDA_VISIBLE_DEVICES" if visible is not None else "this machine"
+    if isinstance(given, int):
+        if given > len(found or ()):
+            raise UserError(f"hydra.launcher.gpus={given}: {where} has {len(found or ())}; hydra.launcher.jobs={given} runs as many jobs")
+        return (found or [])[:given]
+    if given is not None:
+        wanted = list(dict.fromkeys(map(str, given)))
+        if unknown := [gpu for gpu in wanted if found is not None and gpu not in found and gpu.isdecimal()]:
+            raise UserError(f"hydra.launcher.gpus=[{','.join(wanted)}]: {where} has no GPU {unknown[0]}; it has {', '.join(found or ())}")
+        return wanted
+    return found or (found if visible is not None else None)
 
 
 class Sweep:
@@ -124,16 +135,27 @@ class Sweep:
         self.folder, self.machine, self.command, self.fork, self.fresh = folder, machine, list(command), fork, fresh
         self.jobs: list[Job] = []
         self._came: int | None = None
+        self._said: dict[Path, str] = {}  # the state that was last told, where there is no terminal
+        self._recorded = True
 
     def check(self, jobs: Iterable[Job]) -> None:
-        """UserError for a job that never gets the GPUs that it needs."""
+        """UserError for a job that never gets the GPUs that it needs, and for two that would share a directory."""
+        seen = {job.run: job for job in self.jobs}
         for job in jobs:
-            most = len(self.machine.gpus)
+            other = seen.setdefault(job.run, job)
+            if changes(other.config, job.config):
+                raise UserError(
+                    f"{other.name} and {job.name}: both would lie in {job.run}; tell them apart by hydra.sweep.subdir, or leave it out"
+                )
+            most = len(self.machine.gpus or ())
             if job.gpu and most and job.devices > most:
                 raise UserError(f"{job.name}: trainer.devices={job.devices}, and the sweep has {most} GPUs; lower it")
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Bring each job to its end; SystemExit where a signal stops them."""
+    def run(self, jobs: Sequence[Job]) -> list[Job]:
+        """Bring each job to its end, and give them back; one that was asked for before is not done again.
+
+        SystemExit where a signal stops them.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock")
         try:
@@ -143,17 +165,27 @@ class Sweep:
                 f"{self.folder} is in use by another process that sweeps in it; wait for its end, or choose another hydra.sweep.dir"
             ) from None
         with lock:
-            self.jobs += jobs
-            for line in self._look(jobs):
-                print(f"note   {line}", flush=True)
-            todo = [job for job in jobs if job.state == "waiting"]
-            if todo:
-                with self._signals():
-                    self._run(todo)
-            self._record()
-        if self._came is not None:
+            known = {job.run: job for job in self.jobs}
+            new = [job for job in jobs if known.setdefault(job.run, job) is job]
+            self.jobs += new
+            for line in self._look(new):
+                say(f"note   {line}")
+            todo = [job for job in new if job.state == "waiting"]
+            try:
+                if todo:
+                    with self._signals():
+                        self._run(todo)
+            finally:
+                for job in self.jobs:
+                    if job.state in ("waiting", "running"):
+                        job.state = "stopped"
+                self._record()
+        if self._came is not None and any(job.state == "stopped" for job in self.jobs):
             self.conclude()
+            if self._came not in (signal.SIGTERM, signal.SIGINT) and (batch := signals.slurm_job()):
+                say(signals.requeue(batch))
             raise SystemExit(128 + self._came)
+        return [known[job.run] for job in jobs]
 
     def _look(self, jobs: Sequence[Job]) -> Iterator[str]:
         """At what lies there of each job already, and say what is done with it."""
@@ -203,10 +235,8 @@ class Sweep:
                         show()
                 todo = [job for job in todo if job.state == "waiting"]
                 if (ended := starter.ended(within=0.5)) is not None:
-                    self._end(self.jobs[ended[0]], ended[1])
+                    self._end(self.jobs[ended[0]], *ended[1:])
                 show()
-            for job in todo:
-                job.state = "stopped"
 
     def _place(self, job: Job) -> tuple[str, ...] | None:
         """GPUs that are free for a job; none of them where it needs none."""
@@ -221,7 +251,7 @@ class Sweep:
     def _start(self, job: Job, gpus: tuple[str, ...], starter: "Starter") -> None:
         job.state, job.gpus, job.began = "running", gpus, time.monotonic()
         env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
-        if self.machine.gpus:
+        if self.machine.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
             env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which nvidia-smi counts
         if threads := self.machine.share(job.devices):
@@ -229,27 +259,33 @@ class Sweep:
         starter.start(self.jobs.index(job), job.argv, env=env, log=job.run / LOG)
         self._record()
 
-    def _end(self, job: Job, code: int) -> None:
-        self.machine.free = sorted({*self.machine.free, *job.gpus}, key=self.machine.gpus.index)
-        if code == 0 and runs.result_of(job.run):
+    def _end(self, job: Job, code: int, why: str | None) -> None:
+        self.machine.free = sorted([*self.machine.free, *job.gpus], key=(self.machine.gpus or []).index)
+        job.gpus = ()
+        try:
+            finished = bool(runs.result_of(job.run))
+        except UserError as error:
+            finished, why = False, str(error)
+        if finished:
             job.state = "finished"
-        elif self._came is not None and code in (143, 130, -signal.SIGTERM, -signal.SIGINT):
+        elif self._came is not None and code in (143, 130, 138, -signal.SIGTERM, -signal.SIGINT):
             job.state = "stopped"
         else:
-            job.state, job.why = "failed", _last_words(job.run / LOG, code)
-        job.gpus = ()
+            job.state, job.why = "failed", why or _last_words(job.run / LOG, code)
         self._record()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the jobs, which write their checkpoints; a second one ends this process, and its end the jobs."""
+        """SIGINT, SIGTERM and SLURM's SIGUSR1 stop the jobs, which write their checkpoints; a second one ends this process, and its end
+        the jobs."""
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self._came is not None:
+            if self._came is not None and number != signals.SIGNALS[-1]:
                 os._exit(128 + number)
-            self._came = number
+            self._came = self._came or number
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, note) for number in signals.SIGNALS}
+        signals.release()
         try:
             yield
         finally:
@@ -259,13 +295,18 @@ class Sweep:
     # ---- what is seen and what is kept of it
 
     def _record(self) -> None:
-        """sweep.json, which a report reads."""
+        """sweep.json, which a report reads. The jobs go on also where it cannot be written."""
         jobs = [
             {"swept": list(job.swept), "run": os.path.relpath(job.run, self.folder), "state": job.state, "why": job.why or None}
             for job in self.jobs
         ]
         record = {"command": self.command, "commit": runs.commit(), "jobs": jobs}
-        runs.write(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+        try:
+            runs.write(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
+        except OSError as error:
+            if self._recorded:
+                say(f"note   {error.filename}: cannot be written ({error.strerror}); the jobs go on")
+            self._recorded = False
 
     @contextmanager
     def _table(self) -> Iterator[Any]:
@@ -275,15 +316,14 @@ class Sweep:
             with Live(self._rows(console.height), console=console, refresh_per_second=4, transient=True) as live:
                 yield lambda: live.update(self._rows(console.height))
             return
-        said: dict[int, str] = {}
 
         def lines() -> None:
             for job in self.jobs:
-                if said.setdefault(id(job), "waiting") != job.state and job.state != "skipped":
-                    said[id(job)] = job.state
+                if self._said.get(job.run, "waiting") != job.state and job.state != "skipped":
+                    self._said[job.run] = job.state
                     on = f" on GPU {','.join(job.gpus)}" if job.gpus else ""
                     figure = f": val top-1 {job.figure:.2f}" if job.state == "finished" and job.figure is not None else ""
-                    print(f"{job.state:8} {job.name}{on}{figure}{f': {job.why}' if job.why else ''}", flush=True)
+                    say(f"{job.state:8} {job.name}{on}{figure}{f': {job.why}' if job.why else ''}")
 
         yield lines
         lines()
@@ -314,13 +354,14 @@ class Sweep:
             result = runs.result_of(job.run) if job.state in ("finished", "skipped") else {}
             figures = [f"{result[key]:.2f}" if key in result else "" for key in ("val/top1", "test/top1")]
             table.add_row(escape(job.name), job.state, *figures, escape(os.path.relpath(job.run, self.folder)))
-        Console().print(table)
-        print(f"sweep  {self.folder}: {self._counts()}")
+        with suppress(BrokenPipeError):
+            Console().print(table)
+        say(f"sweep  {self.folder}: {self._counts()}")
         failed = [job for job in self.jobs if job.state == "failed"]
         for job in failed:
-            print(f"failed {job.name}: {job.why} (all it said: {job.run / LOG})")
+            say(f"failed {job.name}: {job.why} (all it said: {job.run / LOG})")
         if failed or any(job.state == "stopped" for job in self.jobs):
-            print(f"again, for what is not finished: {shlex.join(self.command)}")
+            say(f"again, for what is not finished: {shlex.join(self.command)}")
         if failed and self._came is None:
             raise SystemExit(1)
 
@@ -342,15 +383,20 @@ class Starter:
             [sys.executable, "-m", zygote.__name__, "fork" if fork else "plain"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, start_new_session=True,  # a Ctrl-C goes to the sweep alone
         )  # fmt: skip
-        self._ended: queue.SimpleQueue[tuple[int, int] | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[tuple[int, int, str | None] | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True, name="sweep").start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            said = json.loads(line)
-            self._ended.put((said["ended"], said["code"]))
-        self._ended.put(None)
+        try:
+            for line in self.process.stdout:
+                try:
+                    said = json.loads(line)
+                    self._ended.put((said["ended"], said["code"], said["why"]))
+                except (ValueError, KeyError, TypeError):  # of something that prints when Python starts
+                    sys.stderr.write(line.decode(errors="replace"))
+        finally:
+            self._ended.put(None)
 
     def start(self, number: int, argv: list[str], *, env: dict[str, str], log: Path) -> None:
         self._say(start=number, argv=argv, env=env, log=str(log))
@@ -358,23 +404,21 @@ class Starter:
     def signal(self, number: int) -> None:
         self._say(signal=int(number))
 
-    def ended(self, *, within: float) -> tuple[int, int] | None:
-        """(number, exit code) of a job that ended; None where none did within so many seconds."""
+    def ended(self, *, within: float) -> tuple[int, int, str | None] | None:
+        """(number, exit code, why it could not be started) of a job that ended; None where none did within so many seconds."""
         try:
             ended = self._ended.get(timeout=within)
         except queue.Empty:
             return None
         if ended is None:
-            raise UserError("the process that starts the jobs was killed, and they end with it; the same command goes on with them")
+            raise UserError("the process that starts the jobs was killed; the same command goes on with what is not finished")
         return ended
 
     def _say(self, **line: Any) -> None:
         assert self.process.stdin is not None
-        try:
+        with suppress(OSError):  # it is gone, which `ended` says
             self.process.stdin.write(json.dumps(line).encode() + b"\n")
             self.process.stdin.flush()
-        except OSError:
-            pass  # it is gone, which `ended` says
 
     def __enter__(self) -> Self:
         return self
@@ -384,6 +428,14 @@ class Starter:
         with suppress(OSError):
             self.process.stdin.close()
         self.process.wait()
+
+
+def say(line: str) -> None:
+    """To whoever still reads it: a sweep outlives the pipe that it prints to."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
 
 
 def _wait_for(run: Path) -> None:
@@ -422,16 +474,21 @@ def _time_left(job: Job, epochs: int) -> str:
 
 def _last_words(log: Path, code: int) -> str:
     """Of a job that failed: its error, else the last line that it said, else how it ended."""
+    if code < 0:
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:  # a real-time signal
+            return f"killed by signal {-code}"
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - (1 << 14)))
-            lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
+            said = stream.read().decode(errors="replace")
     except OSError:
-        lines = []
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else f"exit code {code}")
-    return one_line(said.removeprefix("error: "))
+        said = ""
+    *_, latest = re.split(zygote.HEADING, said, flags=re.M)  # of an earlier attempt nothing
+    lines = [line.strip() for line in latest.splitlines() if line.strip()]
+    last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else f"exit code {code}")
+    return one_line(last.removeprefix("error: "))
 
 
 def _cores() -> int:

@@ -7,7 +7,7 @@ system libraries have threads of their own, and by option, jobs are plain proces
 Lines of JSON come in and go out:
     {"start": NUMBER, "argv": [...], "env": {...}, "log": FILE}    start a job: `python -m tnt_lightning.train ARGV`
     {"signal": SIGNAL}                                             to every job
-    {"ended": NUMBER, "code": CODE}                                said of a job when none of its processes is left; -9: by SIGKILL
+    {"ended": NUMBER, "code": CODE, "why": WHY}                    said of a job when none of its processes is left; -9: by SIGKILL
 The end of what comes in is the end of the sweep, in whatever way it ended: jobs are told to stop, and write their checkpoints.
 """
 
@@ -34,6 +34,8 @@ PRELOADED = ("lightning", "wandb", "hydra.main", "tnt_lightning.build", "tnt_lig
              "tnt_lightning.ranks", "tnt_lightning.show", "tnt_lightning.signals", "tnt_lightning.config")  # fmt: skip
 LEFT_S = 20  # that processes of a job may outlive its first one: ranks that notice, a service that uploads
 STOP_S = 120  # that jobs have for a checkpoint when the sweep is gone
+HEADING = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d process \d+: .*$"  # of each attempt in a job's log
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 _PR_SET_PDEATHSIG = 1
 
 
@@ -42,6 +44,11 @@ def can_fork() -> bool:
 
 
 def main() -> None:
+    global _out
+    _out = os.dup(1)
+    os.dup2(2, 1)  # what libraries print is no line of this process
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # who ends all processes of a sweep means its jobs, and the sweep itself tells those
     if sys.argv[1] == "fork":
         for name in PRELOADED:
             importlib.import_module(name)
@@ -53,9 +60,12 @@ def main() -> None:
     Plain().serve()
 
 
-def _say(**line: Any) -> None:
+_out = 1
+
+
+def _say(number: int, code: int, why: str | None = None) -> None:
     with contextlib.suppress(BrokenPipeError):
-        os.write(1, json.dumps(line).encode() + b"\n")
+        os.write(_out, json.dumps({"ended": number, "code": code, "why": why}).encode() + b"\n")
 
 
 class Forks:
@@ -94,10 +104,16 @@ class Forks:
         if "signal" in line:
             self.signal(line["signal"])
             return
+        try:
+            log = _log(line["log"])
+        except OSError as error:
+            _say(line["start"], 1, f"{error.filename}: cannot be written ({error.strerror})")
+            return
         parent = os.getpid()
         process = os.fork()
         if process == 0:
-            self.become(line, parent)
+            self.become(line, parent, log)
+        os.close(log)
         self.jobs[process] = line["start"]
 
     def signal(self, number: int) -> None:
@@ -114,19 +130,21 @@ class Forks:
             if _left(group, by_force=time.monotonic() > force):
                 continue
             del self.leaving[group]
-            _say(ended=number, code=code)
+            _say(number, code)
 
-    def become(self, job: dict[str, Any], parent: int) -> NoReturn:
+    def become(self, job: dict[str, Any], parent: int, log: int) -> NoReturn:
         """The job, in the child: as if Python had just been started for it."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for number in (signal.SIGCHLD, *_SIGNALS):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.setsid()
             self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # which died in between
                 os._exit(1)
-            _to_log(job["log"])
+            _print_to(log)
             os.environ.clear()
             os.environ.update(job["env"])
             sys.argv = [COMMAND, *job["argv"]]
@@ -153,6 +171,7 @@ class Plain:
 
     def __init__(self) -> None:
         self.jobs: dict[int, subprocess.Popen] = {}
+        self.libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
     def serve(self) -> None:
         for text in sys.stdin:
@@ -160,7 +179,7 @@ class Plain:
             if "signal" in line:
                 self.signal(line["signal"])
             else:
-                threading.Thread(target=self.run, args=(line,)).start()
+                self.obey(line)
         self.signal(signal.SIGTERM)
         force = time.monotonic() + STOP_S
         while self.jobs:
@@ -168,19 +187,35 @@ class Plain:
             if time.monotonic() > force:
                 self.signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
 
-    def run(self, job: dict[str, Any]) -> None:
-        Path(job["log"]).parent.mkdir(parents=True, exist_ok=True)
-        with open(job["log"], "ab") as log:
-            process = self.jobs[job["start"]] = subprocess.Popen(
-                [sys.executable, "-m", COMMAND, *job["argv"]],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=job["env"], start_new_session=True,
+    def obey(self, job: dict[str, Any]) -> None:
+        line = [sys.executable, "-m", COMMAND, *job["argv"]]
+        try:
+            log = _log(job["log"])
+            process = subprocess.Popen(
+                line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=job["env"], start_new_session=True,
+                preexec_fn=self.be_free if os.name == "posix" else None,
             )  # fmt: skip
-            log.write(_heading(job, process.pid).encode() + b"\n")
+        except OSError as error:
+            _say(job["start"], 1, f"{error.filename}: cannot be written ({error.strerror})")
+            return
+        os.write(log, _heading(job, process.pid).encode() + b"\n")
+        os.close(log)
+        self.jobs[job["start"]] = process
+        threading.Thread(target=self.wait, args=(job["start"], process)).start()
+
+    def be_free(self) -> None:
+        """In the child: without what this process ignores, and not longer than it."""
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        if self.libc is not None:
+            self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    def wait(self, number: int, process: subprocess.Popen) -> None:
         code, force = process.wait(), time.monotonic() + LEFT_S
         while os.name != "nt" and _left(process.pid, by_force=time.monotonic() > force):
             time.sleep(0.1)
-        _say(ended=job["start"], code=code)
-        del self.jobs[job["start"]]
+        _say(number, code)
+        del self.jobs[number]
 
     def signal(self, number: int) -> None:
         for process in list(self.jobs.values()):
@@ -199,10 +234,10 @@ def _left(group: int, *, by_force: bool) -> bool:
 def _is_of(group: int, file: Path) -> bool:
     """And no zombie, of which a container without an init process rids nobody."""
     try:
-        state, _, its_group = file.read_text().rpartition(")")[2].split()[:3]
-    except OSError:
+        state, _, its_group = file.read_bytes().rpartition(b")")[2].split()[:3]
+    except (OSError, ValueError):
         return False
-    return int(its_group) == group and state != "Z"
+    return int(its_group) == group and state != b"Z"
 
 
 def _heading(job: dict[str, Any], process: int) -> str:
@@ -212,9 +247,13 @@ def _heading(job: dict[str, Any], process: int) -> str:
     return f"{time.strftime('%Y-%m-%d %H:%M:%S')} process {process}: {'' if gpus is None else f'CUDA_VISIBLE_DEVICES={gpus} '}{line}"
 
 
-def _to_log(file: str) -> None:
+def _log(file: str) -> int:
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+
+
+def _print_to(log: int) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
     for here, there in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(here, there)
     os.close(nothing)

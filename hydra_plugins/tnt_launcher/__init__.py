@@ -37,28 +37,20 @@ class TNTLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Called once, or, by a sweeper that looks at figures, batch by batch."""
-        from tnt_lightning import sweep
-        from tnt_lightning.errors import UserError
+        from tnt_lightning import cli, sweep
 
         setup_globals()
-        jobs: dict[Path, Any] = {}
-        try:
-            if self.sweep is None:
-                self.sweep = sweep.current = self._open()
-            composed = [self._compose(list(overrides), number) for number, overrides in enumerate(job_overrides, start=initial_job_idx)]
-            for overrides, config in zip(job_overrides, composed, strict=True):
-                job = self._job(list(overrides), config)
-                jobs.setdefault(job.run, job)  # the same twice is one run
-            self.sweep.check(jobs.values())
-        except UserError:
-            self._leave_nothing()
-            raise
-        self.sweep.run(list(jobs.values()))
+        if self.sweep is None:
+            self.sweep = sweep.current = self._open()
+        composed = [self._compose(list(overrides), number) for number, overrides in enumerate(job_overrides, start=initial_job_idx)]
+        asked = [self._job(list(overrides), config) for overrides, config in zip(job_overrides, composed, strict=True)]
+        self.sweep.check(asked)
+        cli.begun.append(True)
         returns = []
-        for overrides, config in zip(job_overrides, composed, strict=True):
-            run = Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir
-            told = JobReturn(overrides=overrides, cfg=config, hydra_cfg=config.hydra, working_dir=str(run), task_name=config.hydra.job.name)
-            told.status, told.return_value = JobStatus.COMPLETED, jobs[run].figure  # not an exception: sweepers would leave out other jobs
+        for job, overrides, config in zip(self.sweep.run(asked), job_overrides, composed, strict=True):
+            run, task = str(job.run), config.hydra.job.name
+            told = JobReturn(overrides=overrides, cfg=config, hydra_cfg=config.hydra, working_dir=run, task_name=task)
+            told.status, told.return_value = JobStatus.COMPLETED, job.figure  # not an exception: sweepers would leave out other jobs
             returns.append(told)
         return returns
 
@@ -87,18 +79,11 @@ class TNTLauncher(Launcher):
         command = ["python", "-m", "tnt_lightning.train", *sys.argv[1:]]
         return Sweep(
             Path(self.config.hydra.sweep.dir),
-            Machine(gpus=gpus, at_once=self.knobs["jobs"] or len(gpus) or 1),
-            command=[arg for arg in command if arg != "hydra.launcher.fresh=true"],
+            Machine(gpus=gpus, at_once=self.knobs["jobs"] or len(gpus or ()) or 1),
+            command=[arg for arg in command if not arg.lstrip("+").startswith("hydra.launcher.fresh=")],
             fork=fork,
             fresh=self.knobs["fresh"],
         )
-
-    def _leave_nothing(self) -> None:
-        """Of a sweep that is refused: Hydra has written into its directory already."""
-        folder = Path(self.config.hydra.sweep.dir)
-        if {file.name for file in folder.iterdir()} == {"multirun.yaml"}:
-            (folder / "multirun.yaml").unlink()
-            folder.rmdir()
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         composed: DictConfig = self.loader.load_sweep_config(self.config, overrides)
@@ -136,7 +121,7 @@ class TNTLauncher(Launcher):
             OmegaConf.update(config, key, value)
         asked = arguments()
         argv = [
-            *(["--config-dir", asked.config_dir] if asked and asked.config_dir else []),
+            *(asked.flags if asked else []),
             *(override for override in composed.hydra.overrides.hydra if not override.lstrip("+~").startswith(_OF_THE_SWEEP)),
             *overrides,
             *(f"{key}={text(value)}" for key, value in extra.items()),
