@@ -376,6 +376,15 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert started.send(signal.SIGINT).ended() == 130 and time.monotonic() - began < 5
 
 
+def test_a_sigterm_that_comes_twice_at_once_is_one(tmp_path):
+    """Who ends a job tells all of its processes, and some of these tell others."""
+    slow = [knob.replace("batches=8", "batches=1") for knob in LONG]
+    started = Started(tmp_path / "run", *slow, "data.batch_size=1222", "model.depth=12").after(1)
+    started.send(signal.SIGTERM)
+    time.sleep(0.05)
+    assert started.send(signal.SIGTERM).ended() == 143 and "stopped by SIGTERM at" in started.said
+
+
 def test_a_signal_during_validation_swaps_no_weights(tmp_path):
     """It comes while the module holds the averaged weights; the raw ones are saved as such, and the validation is done again."""
     many = (*SHORT, "checkpoint.every_n_steps=null", "data.batch_size=8")  # 27 batches of validation
