@@ -232,10 +232,11 @@ def test_two_sweeps_in_one_directory_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_jobs_of_different_sizes_train_on_processes_of_their_own(tmp_path):
-    said = Sweep(tmp_path, "seed=0,1", "trainer.devices=1,2", *SHORT, "hydra.launcher.jobs=2").ended(0)
-    for seed in (0, 1):
-        for devices in (1, 2):
-            assert runs.result_of(tmp_path / "sweep" / f"seed={seed},trainer.devices={devices}")["devices"] == devices, said
+    Sweep(tmp_path, "trainer.devices=1,2", *SHORT, "hydra.launcher.jobs=2").ended(0)
+    for devices in (1, 2):
+        assert runs.result_of(tmp_path / "sweep" / f"trainer.devices={devices}")["devices"] == devices
+    Sweep(tmp_path, "seed=0,1", *SHORT, "hydra.launcher.jobs=2", "hydra.launcher.devices_per_job=2").ended(0)
+    assert [runs.result_of(tmp_path / "sweep" / f"seed={seed}")["devices"] for seed in (0, 1)] == [2, 2]
 
 
 @pytest.mark.slow
