@@ -233,13 +233,18 @@ def test_colour_and_names_of_classes(tmp_path, nobody):
 
 def test_the_jobs_of_a_sweep_are_a_group_and_a_run_each(tmp_path):
     sweep = tmp_path / "heads"
-    overrides = ("inner_heads=1,2", "trainer=debug", "trainer.enable_progress_bar=false", "logger.images_every=0")
+    overrides = ("inner_heads=1,2", "trainer=debug", "logger.tags=[mine]", "logger.images_every=0")
     done = command("train", "-m", *overrides, f"hydra.sweep.dir={sweep}", cwd=tmp_path, env=stranger(tmp_path))
     assert done.returncode == 0, done.stderr
     jobs = [Recorded(sweep / f"inner_heads={heads}") for heads in (1, 2)]
     assert len({job.run.run_id for job in jobs}) == 2
     assert {job.run.run_group for job in jobs} == {"/".join(sweep.parts[-2:])}
     assert [job.run.display_name for job in jobs] == ["heads/inner_heads=1", "heads/inner_heads=2"]
+    assert all(job.run.job_type == "sweep" and list(job.run.tags) == ["mine", "inner_heads"] for job in jobs)
+    firsts = [next((key, value) for key, value in job.config.items() if key != "_wandb") for job in jobs]
+    assert firsts == [("inner_heads", 1), ("inner_heads", 2)]
+    [together] = [line for line in done.stdout.splitlines() if line.startswith("W&B ")]
+    assert together == f"W&B    offline; to upload the whole sweep: wandb sync {sweep}/*/wandb"
     assert not any("examples" in row for job in jobs for row in job.history)
     assert all(len(lines((sweep / f"inner_heads={heads}" / "job.log").read_text())) == 1 for heads in (1, 2))
 

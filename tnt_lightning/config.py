@@ -163,18 +163,18 @@ def refuse_ablation_of_swept_models(ablation: str | None) -> None:
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between the plan of a run and this one, a line a key. `resume` says how a run was started, not what it is."""
-    old, new = (dict(_flat(config)) for config in (before, now))
+    old, new = (dict(flat(config)) for config in (before, now))
     return [
         f"{key}={text(new[key]) if key in new else 'nothing'}, was {text(old[key]) if key in old else 'nothing'}"
         for key in dict.fromkeys([*old, *new])
-        if key != "resume" and old.get(key, _flat) != new.get(key, _flat)
+        if key != "resume" and old.get(key, flat) != new.get(key, flat)
     ]
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -6,6 +6,7 @@ whatever goes wrong in one ends in a single line, and metrics.csv goes on alone.
 
 import json
 import math
+import os
 import shlex
 import sys
 import threading
@@ -31,6 +32,7 @@ from tnt_lightning.data.module import Transformed, batch_of
 
 CALL_S = 20.0  # for a call that only hands data to W&B's service process
 VISIBLE = 96  # pixels a side that a person wants to see
+SWEPT = "TNT_LIGHTNING_SWEPT"  # in the environment of a sweep's job: which of its overrides are swept
 FILE = "wandb.json"  # in the run directory: which W&B run it is
 
 
@@ -80,6 +82,8 @@ class Dashboard(Logger):
         if mode == "disabled":
             return
         before = _read(continued) if continued else {}
+        swept = [override.partition("=")[0].lstrip("+") for override in json.loads(os.environ.get(SWEPT, "[]"))]
+        first = {key: config[key] for key in swept if key in config}  # what a sweep is about stands on top
         arguments = dict(
             project=before.get("project") or knobs["project"],
             entity=before.get("entity") or knobs["entity"],
@@ -87,8 +91,9 @@ class Dashboard(Logger):
             resume="allow" if before else None,
             group=knobs["group"],
             name="/".join(self.run.parts[-2:])[-128:],
-            tags=knobs["tags"] or None,
-            config=config,
+            job_type="sweep" if swept else "train",
+            tags=[*dict.fromkeys([*knobs["tags"], *(key[-64:] for key in swept if key != "seed")])] or None,
+            config={**first, **config},
             dir=self.run,
             reinit="create_new",  # leaves wandb.run alone, and a run of somebody else's in this process
         )
@@ -269,3 +274,9 @@ def _within(seconds: float, call: Callable, *args: Any, **kwargs: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0].rstrip(".") or type(error).__name__
+
+
+if __name__ == "__main__":
+    from tnt_lightning.workspace import main
+
+    main()

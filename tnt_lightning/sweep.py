@@ -251,6 +251,7 @@ class Sweep:
     def _start(self, job: Job, gpus: tuple[str, ...], starter: "Starter") -> None:
         job.state, job.gpus, job.began = "running", gpus, time.monotonic()
         env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
+        env["TNT_LIGHTNING_SWEPT"] = json.dumps(job.swept)  # for the dashboard
         if self.machine.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
             env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which nvidia-smi counts
@@ -357,6 +358,8 @@ class Sweep:
         with suppress(BrokenPipeError):
             Console().print(table)
         say(f"sweep  {self.folder}: {self._counts()}")
+        if any(_is_offline(job.run) for job in self.jobs):
+            say(f"W&B    offline; to upload the whole sweep: wandb sync {shlex.quote(str(self.folder))}/*/wandb")
         failed = [job for job in self.jobs if job.state == "failed"]
         for job in failed:
             say(f"failed {job.name}: {job.why} (all it said: {job.run / LOG})")
@@ -436,6 +439,14 @@ def say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for as long as the process lives)
+
+
+def _is_offline(run: Path) -> bool:
+    """Whether its W&B run waits for being uploaded."""
+    try:
+        return json.loads((run / "wandb.json").read_text())["mode"] == "offline"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _wait_for(run: Path) -> None:

@@ -1,0 +1,158 @@
+"""`python -m tnt_lightning.dashboard`: the W&B page of a project, ready to look at: an overview, and a saved view for each ablation.
+
+Logged out it writes the same as JSON.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from omegaconf import OmegaConf
+
+from tnt_lightning import CONF, runs
+from tnt_lightning.cli import fail
+from tnt_lightning.config import KNOBS
+from tnt_lightning.errors import UserError
+
+EXTRA = "pip install 'tnt-lightning[dashboard]'"
+TABLES = {"position_encoding": 6, "inner_heads": 7, "words_per_patch": 8, "se": 12, "tnt_blocks": 5}  # of the paper
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; python -m tnt_lightning.dashboard --help")
+
+
+def main() -> None:
+    project = str(OmegaConf.load(CONF / "logger" / "wandb.yaml").project)
+    parser = Parser(prog="python -m tnt_lightning.dashboard", description=__doc__)
+    parser.add_argument("--project", default=project, help=f"by default {project}, where training logs to")
+    parser.add_argument("--entity", help="a user or team; by default yours")
+    parser.add_argument("--out", type=Path, help="write JSON into this directory, and send nothing to W&B")
+    given = parser.parse_args()
+    try:
+        for line in publish(project=given.project, entity=given.entity, out=given.out):
+            print(line)
+    except UserError as error:
+        fail(str(error))
+
+
+def publish(*, project: str, entity: str | None = None, out: Path | None = None) -> list[str]:
+    """Save the views in W&B, or as JSON into `out`, or, logged out, into workspace/; gives a line for each."""
+    import wandb
+
+    if out is None:
+        try:
+            online = bool(wandb.login(prompt=False, verify=False))
+            entity = entity or (wandb.Api(timeout=20).default_entity if online else None)
+        except Exception as error:  # whatever the network and the server come up with
+            raise UserError(f"W&B: {str(error).splitlines()[0] if str(error) else type(error).__name__}; --out=DIR writes JSON") from None
+        if online:
+            saved = []
+            for view in views(entity=entity or "", project=project):
+                try:
+                    saved.append(f"{view.name}: {view.save().url}")
+                except Exception as error:
+                    why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise UserError(f"{view.name}: W&B did not take the view ({why}); --out=DIR writes JSON") from None
+            return saved
+        out = Path("workspace")
+        print("not logged in (wandb login): JSON instead")
+    written = []
+    for view in views(entity=entity or "", project=project):
+        file = out / f"{view.name.split(':')[0].replace(' ', '_')}.json"
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            runs.write(file, json.dumps(described(view), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{error.filename or out}: cannot be written ({error.strerror}); choose another --out") from None
+        written.append(f"written {file}")
+    return written
+
+
+def views(*, entity: str, project: str) -> list[Any]:
+    """The overview, and a view of the runs that sweep each knob."""
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as workspaces
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "wandb_workspaces":
+            raise
+        raise UserError(f"the project's page is built by wandb-workspaces: {EXTRA}") from None
+
+    step, top1 = "trainer/global_step", panels.SummaryMetric("test/top1")
+
+    def line(title: str, *metrics: str, **knobs: Any) -> Any:
+        return panels.LinePlot(title=title, x=step, y=list(metrics), **knobs)
+
+    def against(knob: str) -> Any:
+        return panels.ScatterPlot(title=f"test top-1 against {knob}", x=panels.Config(knob), y=top1)
+
+    curves = [
+        line("validation top-1", "val/top1"),
+        line("training loss", "train/loss"),
+        line("validation loss", "val/loss"),
+        line("learning rate", "lr"),
+    ]
+    speed = [
+        panels.BarPlot(title="training images/s", metrics=[panels.SummaryMetric("images_per_s")]),
+        panels.LinePlot(title="GPU memory", x="Relative Time (Process)", metric_regex=r"system/gpu\.\d+\.memoryAllocatedBytes"),
+        panels.LinePlot(title="GPU use", x="Relative Time (Process)", metric_regex=r"system/gpu\.\d+\.gpu"),
+        panels.LinePlot(title="memory of the process", x="Relative Time (Process)", y=["system/proc.memory.rssMB"]),
+    ]
+    sizes = [
+        panels.ScatterPlot(title="test top-1 against FLOPs", x=panels.SummaryMetric("flops"), y=top1, log_x=True),
+        panels.ScatterPlot(title="test top-1 against parameters", x=panels.SummaryMetric("parameters"), y=top1, log_x=True),
+    ]
+    coordinates = panels.ParallelCoordinatesPlot(
+        columns=[*(panels.ParallelCoordinatesPlotColumn(panels.Config(knob)) for knob in KNOBS), panels.ParallelCoordinatesPlotColumn(top1)]
+    )
+
+    def section(name: str, *content: Any, opened: bool = True) -> Any:
+        return workspaces.Section(name=name, panels=list(content), is_open=opened)
+
+    examples = section("example predictions", panels.MediaBrowser(media_keys=["examples"]))
+    overview = workspaces.Workspace(
+        entity=entity,
+        project=project,
+        name="TNT",
+        sections=[
+            section("curves", *curves),
+            section("accuracy", *sizes, *(against(knob) for knob in KNOBS), coordinates),
+            section("speed and memory", *speed),
+            examples,
+        ],
+    )
+    return [
+        overview,
+        *(
+            workspaces.Workspace(
+                entity=entity,
+                project=project,
+                name=f"{knob}: Table {TABLES[knob]}",
+                sections=[
+                    section(
+                        f"test top-1 by {knob}",
+                        panels.BarPlot(
+                            title="test top-1, mean and deviation over seeds", metrics=[top1], groupby=panels.Config(knob),
+                            groupby_aggfunc="mean", groupby_rangefunc="stddev",
+                        ),
+                        against(knob),
+                        *sizes,
+                    ),
+                    section("curves", *curves),
+                    section("speed and memory", *speed, opened=False),
+                ],
+                runset_settings=workspaces.RunsetSettings(
+                    filters=[workspaces.Tags().isin([knob])], groupby=[workspaces.Config(knob)]
+                ),
+            )
+            for knob in KNOBS
+        ),
+    ]  # fmt: skip
+
+
+def described(view: Any) -> dict[str, Any]:
+    """A view as W&B stores it."""
+    return view._to_model().model_dump(by_alias=True, exclude_none=True, mode="json")
