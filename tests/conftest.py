@@ -65,11 +65,14 @@ def ended(monkeypatch, capsys, tmp_path):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--clusters", action="store_true", help="also run the tests that set up SLURM (as root, on Debian) or Ray here")
     parser.addoption("--network", action="store_true", help="also run the tests that download (released weights)")
 
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if "cluster" in item.keywords and not config.getoption("--clusters"):
+            item.add_marker(pytest.mark.skip(reason="sets up SLURM or Ray; pytest --clusters runs it"))
         if "network" in item.keywords and not config.getoption("--network"):
             item.add_marker(pytest.mark.skip(reason="downloads; pytest --network runs it"))
 

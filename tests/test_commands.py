@@ -267,6 +267,7 @@ def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
         "hydra.run.dir",
     ):
         assert words in first, words
+    assert "hydra/launcher=slurm|ray" in done.stdout
     for group in (folder for folder in CONF.iterdir() if folder.is_dir() and folder.name != "hydra"):
         named = next(line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == [group.name])
         assert named == sorted(path.stem for path in group.glob("[!_]*.yaml"))

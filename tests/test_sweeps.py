@@ -34,7 +34,7 @@ class Sweep:
         )
 
     def ended(self, code: int) -> str:
-        said, _ = self.process.communicate(timeout=200)
+        said, _ = self.process.communicate(timeout=400)
         assert self.process.returncode == code, said + "".join(log.read_text() for log in self.folder.glob("*/job.log"))
         assert "Traceback" not in said
         return said
@@ -56,7 +56,7 @@ class Sweep:
         self.until((self.folder / name / "checkpoints" / "last.ckpt").exists)
 
     def until(self, condition):
-        goal = time.monotonic() + 100
+        goal = time.monotonic() + 200
         while not (value := condition()):
             assert time.monotonic() < goal and self.process.poll() is None, self.process.stdout.read()
             time.sleep(0.02)

@@ -1,6 +1,7 @@
 """What a person reads in the terminal before and after a run."""
 
 import logging
+import os
 import shlex
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ def quiet() -> None:
         ".*Total length of `list` across ranks is zero.*",  # no validation part, as asked
         ".*resuming from a checkpoint that ended before the epoch ended.*",  # where the loader begins is our own doing
         ".*isinstance.treespec, LeafSpec.*",  # Lightning 2.6 under a newer torch
+        *([] if "SLURM_JOB_ID" in os.environ else ["The `srun` command is available on your system but is not used.*"]),
     ):
         warnings.filterwarnings("ignore", advice)
 

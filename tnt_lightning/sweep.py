@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -36,6 +36,7 @@ from tnt_lightning.errors import UserError, one_line
 RECORD = "sweep.json"  # in the sweep's directory: its command and its jobs
 LOG = "job.log"  # in a run's directory: what its process said
 ENDING_S = 130  # that jobs of a sweep that was killed may still take to end
+AWAY = ("queued", "running")  # states of a job that was handed over and has not ended
 FREE = ("resume", "data.num_workers", "trainer.enable_progress_bar", "logger")  # of the configuration: a run with others is the same run
 # What starts processes of one job, and what a batch system says of another one.
 _OF_OTHERS = (
@@ -50,7 +51,7 @@ class Job:
 
     swept: `key=value` of what is swept; argv: the arguments of `python -m tnt_lightning.train`; config: what they resolve to
     devices: of a GPU each, or processes on the CPU where gpu is false
-    state: waiting, running, finished, failed, stopped, or skipped, of one that was finished before
+    state: waiting, queued (by a cluster), running, finished, failed, stopped, or skipped, of one that was finished before
     """
 
     number: int
@@ -58,10 +59,12 @@ class Job:
     argv: list[str]
     run: Path
     config: dict[str, Any]
-    devices: int = 1
+    devices: int = 1  # of a node
+    nodes: int = 1
     gpu: bool = True
     state: str = "waiting"
     gpus: tuple[str, ...] = ()
+    where: str = ""  # it runs, where that is not this machine
     why: str = ""  # it failed, in one line
     began: float = 0.0
     first: tuple[float, int] | None = None  # when it was first seen in which epoch
@@ -87,14 +90,16 @@ class Machine:
 
     gpus: list[str] | None
     at_once: int
-    cores: int = field(default_factory=lambda: _cores())
+    cores: int | None = field(default_factory=lambda: _cores())  # None: jobs run elsewhere
 
     def __post_init__(self) -> None:
         self.free = list(self.gpus or ())
 
     def share(self, devices: int) -> int | None:
         """Of the cores, for each process of a job. None on a machine with GPUs, whose jobs are not alike to share them."""
-        return None if self.gpus or self.at_once * devices == 1 else max(1, self.cores // (self.at_once * devices))
+        if self.cores is None or self.gpus or self.at_once * devices == 1:
+            return None
+        return max(1, self.cores // (self.at_once * devices))
 
 
 def gpus_here(given: int | Sequence[Any] | None) -> list[str] | None:
@@ -131,8 +136,8 @@ def gpus_here(given: int | Sequence[Any] | None) -> list[str] | None:
 class Sweep:
     """A sweep's directory while its jobs run. UserError where another process is at it."""
 
-    def __init__(self, folder: Path, machine: Machine, *, command: Sequence[str], fork: bool, fresh: bool):
-        self.folder, self.machine, self.command, self.fork, self.fresh = folder, machine, list(command), fork, fresh
+    def __init__(self, folder: Path, machine: Machine, engine: "Engine", *, command: Sequence[str], fresh: bool):
+        self.folder, self.machine, self.engine, self.command, self.fresh = folder, machine, engine, list(command), fresh
         self.jobs: list[Job] = []
         self._came: int | None = None
         self._said: dict[Path, str] = {}  # the state that was last told, where there is no terminal
@@ -189,12 +194,17 @@ class Sweep:
 
     def _look(self, jobs: Sequence[Job]) -> Iterator[str]:
         """At what lies there of each job already, and say what is done with it."""
-        commit, cut_off = runs.commit(), []
+        commit, cut_off, going = runs.commit(), [], []
         others: dict[str | None, list[str]] = {}
         for job in jobs:
+            if self.engine.at_it(job):
+                if self.fresh:
+                    raise runs.in_use(job.run)
+                going.append(job.name)
+                continue
             if not runs.holds(job.run):
                 continue
-            _wait_for(job.run)
+            wait_for(job.run)
             if self.fresh:
                 runs.put_aside(job.run)
                 continue
@@ -214,6 +224,8 @@ class Sweep:
                 cut_off.append(job.name)
         if done := [job for job in jobs if job.state == "skipped"]:
             yield f"{len(done)} of {len(jobs)} jobs are finished already; hydra.launcher.fresh=true starts over"
+        if going:
+            yield f"at it since before: {'; '.join(going)}"
         if cut_off:
             yield f"cut off before its end, and goes on: {'; '.join(cut_off)}"
         for other, names in others.items():
@@ -223,9 +235,9 @@ class Sweep:
 
     def _run(self, todo: list[Job]) -> None:
         todo = sorted(todo, key=lambda job: -job.devices)  # otherwise those of few GPUs would keep one of many waiting
-        with Starter(fork=self.fork, threads=self.machine.share(max(job.devices for job in todo))) as starter, self._table() as show:
-            told = False
-            while (todo and self._came is None) or any(job.state == "running" for job in self.jobs):
+        with self.engine.starter(threads=self.machine.share(max(job.devices for job in todo))) as starter, self._table() as show:
+            told, before = False, ""
+            while (todo and self._came is None) or any(job.state in AWAY for job in self.jobs):
                 if self._came is not None and not told:
                     starter.signal(signal.SIGTERM)
                     told = True
@@ -235,12 +247,15 @@ class Sweep:
                         show()
                 todo = [job for job in todo if job.state == "waiting"]
                 if (ended := starter.ended(within=0.5)) is not None:
-                    self._end(self.jobs[ended[0]], *ended[1:])
+                    self._end(*ended)
+                if (states := " ".join(job.state for job in self.jobs)) != before:
+                    before = states
+                    self._record()
                 show()
 
     def _place(self, job: Job) -> tuple[str, ...] | None:
         """GPUs that are free for a job; none of them where it needs none."""
-        if sum(other.state == "running" for other in self.jobs) >= self.machine.at_once:
+        if sum(other.state in AWAY for other in self.jobs) >= self.machine.at_once:
             return None
         needed = job.devices if job.gpu and self.machine.gpus else 0
         if needed > len(self.machine.free):
@@ -257,10 +272,9 @@ class Sweep:
             env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which nvidia-smi counts
         if threads := self.machine.share(job.devices):
             env.setdefault("OMP_NUM_THREADS", str(threads))
-        starter.start(self.jobs.index(job), job.argv, env=env, log=job.run / LOG)
-        self._record()
+        starter.start(job, env=env)
 
-    def _end(self, job: Job, code: int, why: str | None) -> None:
+    def _end(self, job: Job, code: int, why: str | None = None) -> None:
         self.machine.free = sorted([*self.machine.free, *job.gpus], key=(self.machine.gpus or []).index)
         job.gpus = ()
         try:
@@ -273,7 +287,6 @@ class Sweep:
             job.state = "stopped"
         else:
             job.state, job.why = "failed", why or _last_words(job.run / LOG, code)
-        self._record()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -322,7 +335,7 @@ class Sweep:
             for job in self.jobs:
                 if self._said.get(job.run, "waiting") != job.state and job.state != "skipped":
                     self._said[job.run] = job.state
-                    on = f" on GPU {','.join(job.gpus)}" if job.gpus else ""
+                    on = f" on GPU {','.join(job.gpus)}" if job.gpus else f" ({job.where})" if job.where and job.state in AWAY else ""
                     figure = f": val top-1 {job.figure:.2f}" if job.state == "finished" and job.figure is not None else ""
                     say(f"{job.state:8} {job.name}{on}{figure}{f': {job.why}' if job.why else ''}")
 
@@ -331,7 +344,7 @@ class Sweep:
 
     def _rows(self, height: int) -> Table:
         table = Table("job", "state", *(["GPU"] if self.machine.gpus else []), "epoch", "val top-1", "time left", caption=self._counts())
-        order = ("running", "failed", "waiting", "finished", "stopped", "skipped")
+        order = ("running", "failed", "queued", "waiting", "finished", "stopped", "skipped")
         rows = sorted(self.jobs, key=lambda job: order.index(job.state))
         for job in rows[: max(3, height - 8)]:
             if job.state == "running":
@@ -372,10 +385,51 @@ class Sweep:
 current: Sweep | None = None  # of this process
 
 
-class Starter:
-    """The process that starts jobs, seen from the sweep."""
+class Engine(Protocol):
+    """What runs jobs: this machine, or a cluster (`tnt_lightning.clusters`)."""
+
+    def at_it(self, job: Job) -> bool:
+        """Whether it runs a job already, for a sweep whose process is gone."""
+
+    def starter(self, *, threads: int | None) -> "Starter":
+        """threads: of each process, None where nothing says it"""
+
+
+class Starter(Protocol):
+    """What an engine starts jobs with, while it is entered; it sets `queued`, `running` and where of those that it was given."""
+
+    def start(self, job: Job, *, env: dict[str, str]) -> None: ...
+
+    def signal(self, number: int) -> None:
+        """To every job."""
+
+    def ended(self, *, within: float) -> tuple[Job, int, str | None] | None:
+        """A job that ended, its exit code (-N: by signal N) and why it failed where its log does not say it; None where none did within
+        so many seconds."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Here:
+    """This machine."""
+
+    def __init__(self, *, fork: bool):
+        self.fork = fork
+
+    def at_it(self, job: Job) -> bool:
+        return False  # jobs end with the sweep that started them
+
+    def starter(self, *, threads: int | None) -> "Processes":
+        return Processes(fork=self.fork, threads=threads)
+
+
+class Processes:
+    """The process that starts jobs (`tnt_lightning.zygote`), seen from the sweep."""
 
     def __init__(self, *, fork: bool, threads: int | None):
+        self.jobs: list[Job] = []
         env = dict(os.environ)
         if fork:
             env["OPENBLAS_NUM_THREADS"] = "1"  # whose threads numpy would start at its import
@@ -401,21 +455,22 @@ class Starter:
         finally:
             self._ended.put(None)
 
-    def start(self, number: int, argv: list[str], *, env: dict[str, str], log: Path) -> None:
-        self._say(start=number, argv=argv, env=env, log=str(log))
+    def start(self, job: Job, *, env: dict[str, str]) -> None:
+        self.jobs.append(job)
+        self._say(start=len(self.jobs) - 1, argv=job.argv, env=env, log=str(job.run / LOG))
 
     def signal(self, number: int) -> None:
         self._say(signal=int(number))
 
-    def ended(self, *, within: float) -> tuple[int, int, str | None] | None:
-        """(number, exit code, why it could not be started) of a job that ended; None where none did within so many seconds."""
+    def ended(self, *, within: float) -> tuple[Job, int, str | None] | None:
+        """(job, exit code, why it could not be started) of one that ended; None where none did within so many seconds."""
         try:
             ended = self._ended.get(timeout=within)
         except queue.Empty:
             return None
         if ended is None:
             raise UserError("the process that starts the jobs was killed; the same command goes on with what is not finished")
-        return ended
+        return self.jobs[ended[0]], *ended[1:]
 
     def _say(self, **line: Any) -> None:
         assert self.process.stdin is not None
@@ -449,7 +504,7 @@ def _is_offline(run: Path) -> bool:
         return False
 
 
-def _wait_for(run: Path) -> None:
+def wait_for(run: Path) -> None:
     """A run whose sweep was killed may still be writing its checkpoint."""
     patience = time.monotonic() + ENDING_S
     while runs.busy(run):
@@ -498,7 +553,8 @@ def _last_words(log: Path, code: int) -> str:
         said = ""
     *_, latest = re.split(zygote.HEADING, said, flags=re.M)  # of an earlier attempt nothing
     lines = [line.strip() for line in latest.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else f"exit code {code}")
+    own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: ", "submitit "))] or lines
+    last = next((line for line in reversed(own) if line.startswith("error: ")), own[-1] if own else f"exit code {code}")
     return one_line(last.removeprefix("error: "))
 
 

@@ -40,21 +40,25 @@ def find_directory() -> None:
     """Before Hydra makes or writes into it: of `resume=latest` the run that it names; and of a run that goes on, what was composed for
     it stays as it is."""
     asked = arguments()
-    if asked is None or asked.multirun or asked.cfg or asked.help or _rank() > 0:
+    if asked is None or asked.multirun or asked.cfg or asked.help:
         return
     place: Any = asked.given.get("hydra.run.dir")
     resume = asked.given.get("resume")
+    if place is None and _tasks() > 1:
+        if _rank() > 0:
+            raise SystemExit(2)
+        fail("hydra.run.dir: of several tasks (srun, torchrun) each would make a directory of its own; give hydra.run.dir=DIR")
+    if _rank() > 0:
+        if _tasks() > 1 and "hydra.output_subdir" not in asked.given:  # as Lightning does with those that it starts
+            sys.argv.append("hydra.output_subdir=null")
+        return
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and place is None and resume is not False
     if place is not None and _holds(Path(place)):
         if resume == "latest":  # it is the one that is named
             asked.drop("resume")
     elif resume == "latest" or restarted:
-        if int(os.environ.get("SLURM_NTASKS", os.environ.get("WORLD_SIZE", "1"))) > 1:
-            if resume != "latest":
-                return
-            fail(
-                "resume=latest: of several tasks (SLURM, torchrun) each would look for itself; hydra.run.dir=DIR goes on with what it holds"
-            )
+        if resume == "latest" and _tasks() > 1:
+            fail("resume=latest: of several tasks (srun, torchrun) each would look for itself; hydra.run.dir=RUN goes on with any")
         place = _latest(asked, place)
     if place is not None and _holds(Path(place)):
         from tnt_lightning import runs
@@ -89,6 +93,13 @@ def _latest(asked: Arguments, place: str | None) -> str | None:
 
 def _holds(run: Path) -> bool:
     return (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
+
+
+def _tasks() -> int:
+    """Of how many processes, that something else has started, this is one."""
+    if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
+        return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return 1
 
 
 def _rank() -> int:
@@ -156,6 +167,8 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
             refuse_to_continue(runs.config_of(run), config)
         else:
             differ = []
+            if not first and (result := runs.result_of(run)):  # of several tasks, of which the first one says the same
+                return result
         return _train(config, run, signals, differ)
 
 

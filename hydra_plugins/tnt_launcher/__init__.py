@@ -28,6 +28,8 @@ _OF_THE_SWEEP = (
 class TNTLauncher(Launcher):
     """Each job is a plain run, in a process and on GPUs of its own. conf/hydra/launcher/tnt.yaml says what the knobs are."""
 
+    several_nodes = False  # for one job
+
     def __init__(self, **knobs: Any) -> None:
         self.knobs = knobs
         self.sweep: Any = None
@@ -57,33 +59,41 @@ class TNTLauncher(Launcher):
     def _open(self) -> Any:
         from tnt_lightning.config import refuse_ablation_of_swept_models, text
         from tnt_lightning.errors import UserError
-        from tnt_lightning.schema import FLAG, NULL, several_of, whole
-        from tnt_lightning.sweep import Machine, Sweep, gpus_here
-        from tnt_lightning.zygote import can_fork
+        from tnt_lightning.schema import FLAG, NULL, whole
+        from tnt_lightning.sweep import Sweep
 
         refuse_ablation_of_swept_models(self.config.hydra.runtime.choices.get("ablation"))
-        kinds = {
-            "jobs": NULL | whole(1, 10_000),
-            "devices_per_job": NULL | whole(1, 1_024),
-            "gpus": NULL | whole(0, 1_024) | several_of("GPUs"),
-            "fork": NULL | FLAG,
-            "fresh": FLAG,
-        }
+        kinds = {"jobs": NULL | whole(1, 10_000), "devices_per_job": NULL | whole(1, 1_024), "fresh": FLAG, **self._kinds()}
         for name, kind in kinds.items():
-            if not kind.fits(self.knobs.get(name, kind)):
+            if not kind.fits(self.knobs.get(name)):
                 raise UserError(f"hydra.launcher.{name}={text(self.knobs.get(name))} is not {kind.words}")
+        machine, engine = self._engine()
+        command = ["python", "-m", "tnt_lightning.train", *sys.argv[1:]]
+        return Sweep(
+            Path(self.config.hydra.sweep.dir),
+            machine,
+            engine,
+            command=[arg for arg in command if not arg.lstrip("+").startswith("hydra.launcher.fresh=")],
+            fresh=self.knobs["fresh"],
+        )
+
+    def _kinds(self) -> dict[str, Any]:
+        """What the knobs of this launcher alone may be."""
+        from tnt_lightning.schema import FLAG, NULL, several_of, whole
+
+        return {"gpus": NULL | whole(0, 1_024) | several_of("GPUs"), "fork": NULL | FLAG}
+
+    def _engine(self) -> tuple[Any, Any]:
+        """What jobs share, and what runs them."""
+        from tnt_lightning.errors import UserError
+        from tnt_lightning.sweep import Here, Machine, gpus_here
+        from tnt_lightning.zygote import can_fork
+
         gpus = gpus_here(self.knobs["gpus"])
         fork = can_fork() if self.knobs["fork"] is None else self.knobs["fork"]
         if fork and not can_fork():
             raise UserError("hydra.launcher.fork=true: not on this system, whose libraries have threads of their own; leave it out")
-        command = ["python", "-m", "tnt_lightning.train", *sys.argv[1:]]
-        return Sweep(
-            Path(self.config.hydra.sweep.dir),
-            Machine(gpus=gpus, at_once=self.knobs["jobs"] or len(gpus or ()) or 1),
-            command=[arg for arg in command if not arg.lstrip("+").startswith("hydra.launcher.fresh=")],
-            fork=fork,
-            fresh=self.knobs["fresh"],
-        )
+        return Machine(gpus=gpus, at_once=self.knobs["jobs"] or len(gpus or ()) or 1), Here(fork=fork)
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         composed: DictConfig = self.loader.load_sweep_config(self.config, overrides)
@@ -131,7 +141,8 @@ class TNTLauncher(Launcher):
             quoted("hydra.run.dir", run),
         ]
         gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
-        return Job(number=number, swept=tuple(swept), argv=argv, run=run, config=plain(config), devices=devices, gpu=gpu)
+        nodes = config.trainer.num_nodes
+        return Job(number=number, swept=tuple(swept), argv=argv, run=run, config=plain(config), devices=devices, nodes=nodes, gpu=gpu)
 
     def _devices(self, config: DictConfig, *, chosen: bool) -> int:
         """Of a job: what the command line says of it, else what the launcher does, else what the recipe does; auto is one."""
@@ -139,12 +150,63 @@ class TNTLauncher(Launcher):
         from tnt_lightning.errors import UserError
 
         devices = config.trainer.devices
+        if config.trainer.num_nodes != 1 and not self.several_nodes:
+            raise UserError(
+                f"trainer.num_nodes={text(config.trainer.num_nodes)}: a job of this launcher runs on one machine; "
+                "hydra/launcher=slurm takes several"
+            )
         if self.knobs["devices_per_job"] is not None and not chosen:
             return self.knobs["devices_per_job"]
         if devices == "auto":
             return 1
-        if isinstance(devices, (int, str)) and str(devices).isdecimal() and int(devices) and config.trainer.num_nodes == 1:
+        if isinstance(devices, (int, str)) and str(devices).isdecimal() and int(devices):
             return int(devices)
-        if config.trainer.num_nodes != 1:
-            raise UserError(f"trainer.num_nodes={text(config.trainer.num_nodes)}: a job of this launcher runs on one machine")
         raise UserError(f"trainer.devices={text(devices)}: a job's devices are chosen by the sweep; give their number, or auto for one")
+
+
+class SlurmLauncher(TNTLauncher):
+    """Each job is one of SLURM's. conf/hydra/launcher/slurm.yaml says what the knobs are."""
+
+    several_nodes = True
+
+    def _kinds(self) -> dict[str, Any]:
+        from tnt_lightning.schema import NULL, SECTION, TEXT, number, several_of, whole
+
+        return {
+            "partition": NULL | TEXT,
+            "minutes": NULL | whole(1, 1_000_000),
+            "warning_s": whole(10, 10_000),
+            "cpus_per_task": NULL | whole(1, 1_024),
+            "mem_gb": NULL | number(0.1, 100_000),
+            "setup": several_of("lines of shell"),
+            "sbatch": SECTION,
+        }
+
+    def _engine(self) -> tuple[Any, Any]:
+        from tnt_lightning.clusters import Slurm
+        from tnt_lightning.sweep import Machine
+
+        knobs = {name: self.knobs[name] for name in ("partition", "minutes", "warning_s", "cpus_per_task", "mem_gb")}
+        slurm = Slurm(**knobs, setup=list(self.knobs["setup"]), sbatch=dict(self.knobs["sbatch"]))
+        return Machine(gpus=None, at_once=self.knobs["jobs"] or sys.maxsize, cores=None), slurm
+
+
+class RayLauncher(TNTLauncher):
+    """Each job is a task of Ray's. conf/hydra/launcher/ray.yaml says what the knobs are."""
+
+    def _kinds(self) -> dict[str, Any]:
+        from tnt_lightning.schema import NULL, TEXT, number, whole
+
+        return {
+            "address": NULL | TEXT,
+            "gpus": NULL | whole(0, 1_024),
+            "cpus": NULL | whole(1, 10_000),
+            "cpus_per_device": number(0, 1_024),
+        }
+
+    def _engine(self) -> tuple[Any, Any]:
+        from tnt_lightning.clusters import Ray
+        from tnt_lightning.sweep import Machine
+
+        ray = Ray(**{name: self.knobs[name] for name in ("address", "gpus", "cpus", "cpus_per_device")})
+        return Machine(gpus=None, at_once=self.knobs["jobs"] or sys.maxsize, cores=None), ray
