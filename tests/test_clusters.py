@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,9 +60,10 @@ def said(sweep: Sweep, name: str) -> str:
         (["hydra/launcher=slurm", "hydra.launcher.minutes=0"], "hydra.launcher.minutes=0 is not null or a whole number from 1"),
         (["hydra/launcher=slurm", "hydra.launcher.partitoin=a"], "hydra.launcher.partitoin=a: no such key; did you mean hydra.launcher.p"),
         (["hydra/launcher=ray", "hydra.launcher.gpus=many"], "hydra.launcher.gpus=many is not null or a whole number from 0"),
-        (
+        pytest.param(
             ["hydra/launcher=ray", "hydra.launcher.gpus=1", "hydra.launcher.address=auto"],
             "hydra.launcher.gpus, cpus: of a Ray on this machine",
+            marks=pytest.mark.skipif(find_spec("ray") is None, reason="Ray is an extra"),
         ),
     ],
 )
@@ -225,7 +227,6 @@ def test_rays_jobs_end_with_the_sweep_after_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
 def test_two_processes_by_torchrun_end_in_the_figures_of_lightnings_own(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "tnt_lightning.train"]
     done = subprocess.run([*torchrun, *ONE, "hydra.run.dir=run"], cwd=tmp_path, capture_output=True, text=True, timeout=240)
