@@ -142,7 +142,7 @@ def test_slurms_warning_hands_a_job_back_which_goes_on_as_the_same_one(tmp_path)
     assert re.search(r"running .*\nqueued .*\nrunning ", told), told
     log = said(sweep, "0")
     assert f"job {job} handed back to SLURM" in log and "stopped by SIGUSR1 at" in log and "goes on from" in log
-    assert number(sweep, "0") == job and runs.result_of(sweep.folder / "0")["epochs"] == 60
+    assert number(sweep, "0") == job and runs.result_of(sweep.folder / "0")["epochs"] == 30
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_in_slurm_a_preempted_job_goes_on_as_the_same_one(tmp_path):
     sweep.trained("0")
     subprocess.run(["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"], check=True)
     sweep.ended(0)
-    assert "goes on from" in said(sweep, "0") and runs.result_of(sweep.folder / "0")["epochs"] == 60
+    assert "goes on from" in said(sweep, "0") and runs.result_of(sweep.folder / "0")["epochs"] == 30
 
 
 @pytest.mark.slow
