@@ -380,5 +380,8 @@ def test_of_a_log_with_several_attempts_the_last_one_tells(tmp_path):
     log.write_text(f"{heading}error: /old: no space\n{heading}run x\nRuntimeError: boom\n")
     assert _last_words(log, 1) == "RuntimeError: boom" and _last_words(log, -9) == "killed by SIGKILL"
     assert _last_words(log, -40) == "killed by signal 40" and _last_words(tmp_path / "none", 3) == "exit code 3"
+    for first in ("process 7: CUDA_VISIBLE_DEVICES=0,1 ", ""):  # SLURM's jobs have no process here
+        log.write_text(f"{heading}error: /old: no space\n2026-01-02 03:04:05 {first}python -m tnt_lightning.train a=b\nboom\n")
+        assert _last_words(log, 1) == "boom"
     log.write_text(f"{heading}error: a: b\nmore\n{heading}")
     assert _last_words(log, 1) == "exit code 1"

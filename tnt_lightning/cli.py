@@ -3,6 +3,7 @@
 Anything else that goes wrong is a bug and keeps its traceback and exit code 1; HYDRA_FULL_ERROR=1 shows it for mistakes too.
 """
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -27,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
-from tnt_lightning import CONF
+from tnt_lightning import CONF, runs
 from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
 from tnt_lightning.errors import UserError, did_you_mean, one_line
 from tnt_lightning.faults import explained
@@ -120,8 +121,7 @@ def _known(error: Exception) -> UserError | None:
 def _clear(hydra: Any, stays: set[Path]) -> None:
     """Take away what Hydra wrote for a run that was refused; whatever else lies there stays, and the folders that were there before."""
     run = Path(hydra.runtime.output_dir)
-    held = (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
-    if hydra.output_subdir is None or held or "LOCAL_RANK" in os.environ:
+    if hydra.output_subdir is None or runs.holds(run) or "LOCAL_RANK" in os.environ:
         return
     logging.shutdown()
     with contextlib.suppress(OSError):  # not empty, or still open
@@ -283,6 +283,13 @@ def composed(overrides: list[str], config_name: str = "config") -> DictConfig | 
         return None
     finally:
         GlobalHydra.instance().clear()
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a command without Hydra; a mistake is answered as elsewhere."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; {self.prog} --help")
 
 
 class Arguments:

@@ -1,25 +1,19 @@
 """`python -m tnt_lightning.report DIR...`: what runs and sweeps came to, as a table, report.html, report.csv and report.tex."""
 
-import argparse
 import csv
 import io
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from tnt_lightning import runs
-from tnt_lightning.cli import fail
+from tnt_lightning.cli import Parser, fail
 from tnt_lightning.config import text
 from tnt_lightning.errors import UserError
 from tnt_lightning.results import FIGURES, Results, collect, table
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; python -m tnt_lightning.report --help")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tnt_lightning import runs
 from tnt_lightning.cli import Arguments, arguments, command, composed, fail, quoted
 from tnt_lightning.config import (
     changes,
@@ -53,16 +54,14 @@ def find_directory() -> None:
             sys.argv.append("hydra.output_subdir=null")
         return
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and place is None and resume is not False
-    if place is not None and _holds(Path(place)):
+    if place is not None and runs.holds(Path(place)):
         if resume == "latest":  # it is the one that is named
             asked.drop("resume")
     elif resume == "latest" or restarted:
         if resume == "latest" and _tasks() > 1:
             fail("resume=latest: of several tasks (srun, torchrun) each would look for itself; hydra.run.dir=RUN goes on with any")
         place = _latest(asked, place)
-    if place is not None and _holds(Path(place)):
-        from tnt_lightning import runs
-
+    if place is not None and runs.holds(Path(place)):
         if runs.busy(Path(place)):
             fail(str(runs.in_use(Path(place))))
         sys.argv.append("hydra.output_subdir=null")
@@ -70,8 +69,6 @@ def find_directory() -> None:
 
 def _latest(asked: Arguments, place: str | None) -> str | None:
     """The newest unfinished run of what was asked for, which becomes the directory on the command line; otherwise `place`."""
-    from tnt_lightning import runs
-
     before = asked.given.get("resume")
     asked.drop("resume")
     config = composed(asked.overrides)
@@ -89,10 +86,6 @@ def _latest(asked: Arguments, place: str | None) -> str | None:
     if before not in (None, "latest"):
         sys.argv.append(quoted("resume", before))
     return place
-
-
-def _holds(run: Path) -> bool:
-    return (run / "config.yaml").exists() or any((run / "checkpoints").glob("*.ckpt"))
 
 
 def _tasks() -> int:
@@ -146,7 +139,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     """
     from lightning.pytorch.utilities import rank_zero_only
 
-    from tnt_lightning import runs, show
+    from tnt_lightning import show
     from tnt_lightning.signals import Signals
 
     first = getattr(rank_zero_only, "rank", 0) == 0
@@ -175,7 +168,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
 def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str]) -> dict[str, Any]:
     import lightning as L
 
-    from tnt_lightning import memory, ranks, runs, show
+    from tnt_lightning import memory, ranks, show
     from tnt_lightning.build import build_classifier, build_data, build_trainer
     from tnt_lightning.callbacks import EMA, Checkpoints, Finite, Throughput
     from tnt_lightning.curves import Curves
@@ -307,7 +300,6 @@ def _origin(config: dict[str, Any], run: Path) -> "Origin | None":
 
     The same on every rank: the first one has written no checkpoint yet when the others look.
     """
-    from tnt_lightning import runs
     from tnt_lightning.checkpoints import Origin, Position, newest, read
 
     resume, epochs = config["resume"], config["trainer"]["max_epochs"]

@@ -3,25 +3,19 @@
 Logged out it writes the same as JSON.
 """
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from tnt_lightning import CONF, runs
-from tnt_lightning.cli import fail
+from tnt_lightning.cli import Parser, fail
 from tnt_lightning.config import KNOBS
 from tnt_lightning.errors import UserError
 
 EXTRA = "pip install 'tnt-lightning[dashboard]'"
 TABLES = {"position_encoding": 6, "inner_heads": 7, "words_per_patch": 8, "se": 12, "tnt_blocks": 5}  # of the paper
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message}; python -m tnt_lightning.dashboard --help")
 
 
 def main() -> None:

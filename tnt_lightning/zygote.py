@@ -34,7 +34,7 @@ PRELOADED = ("lightning", "wandb", "hydra.main", "tnt_lightning.build", "tnt_lig
              "tnt_lightning.ranks", "tnt_lightning.show", "tnt_lightning.signals", "tnt_lightning.config")  # fmt: skip
 LEFT_S = 20  # that processes of a job may outlive its first one: ranks that notice, a service that uploads
 STOP_S = 120  # that jobs have for a checkpoint when the sweep is gone
-HEADING = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d process \d+: .*$"  # of each attempt in a job's log
+HEADING = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:process \d+: )?(?:CUDA_VISIBLE_DEVICES=\S* )?python -m .*$"  # of each attempt in a job's log
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 _PR_SET_PDEATHSIG = 1
 
