@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
 
 import tnt_lightning.data
-from tnt_lightning import memory
+from tnt_lightning import memory, sharding
 from tnt_lightning.checkpoints import WholeFiles
 from tnt_lightning.classifier import Classifier
 from tnt_lightning.curves import Curves
@@ -54,6 +54,8 @@ def build_classifier(config: Config) -> Classifier:
         **{name: recipe[name] for name in ("warmup_epochs", "warmup_lr", "min_lr", "label_smoothing")},
     )
     classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
+    if config["trainer"]["strategy"] == "fsdp":
+        sharding.refuse(classifier.backbone)
     return classifier
 
 
@@ -91,6 +93,8 @@ def build_trainer(
             f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
             "try bf16-mixed, or recipe.ema_decay=null"
         )
+    if arguments["strategy"] == "fsdp" and arguments["precision"] in ("16-mixed", "16", 16):
+        raise UserError(f"trainer.strategy=fsdp: not in trainer.precision={arguments['precision']}; try bf16-mixed or 32-true")
     _refuse_unknown("trainer", "lightning.Trainer", arguments, L.Trainer.__init__)
     _refuse_sections("trainer", arguments)
     # Under SLURM, Lightning takes any hpc_ckpt_*.ckpt from here; by default here is wherever the command was started.
@@ -108,6 +112,9 @@ def build_trainer(
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
+    if arguments["strategy"] == "fsdp":
+        ours["strategy"] = sharding.Sharded()
+        del arguments["strategy"]
     if both := sorted(arguments.keys() & ours.keys()):
         raise UserError(f"trainer.{both[0]}={arguments[both[0]]}: set by the framework itself; leave it out")
     if arguments.get("fast_dev_run"):

@@ -17,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from tnt_lightning import ranks, runs
-from tnt_lightning.checkpoints import Position, read
+from tnt_lightning import ranks, runs, sharding
+from tnt_lightning.checkpoints import Origin, Position, read
 from tnt_lightning.curves import Curves
 from tnt_lightning.errors import UserError
+from tnt_lightning.sharding import Sharded
 from tnt_lightning.signals import Signals, name
 
 RESCALED = 40  # steps in a row without a finite gradient in float16: from its first scale to none at all are 16
@@ -40,8 +41,15 @@ class EMA(WeightAveraging):
         self._swapped = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the module itself moves there only after this hook
+        # The module itself moves there only after this hook; a sharded one may not fit.
+        self._device = torch.device("cpu") if isinstance(trainer.strategy, Sharded) else trainer.strategy.root_device
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if isinstance(trainer.strategy, Sharded):
+            average: Any = self._average_model
+            trainer.strategy.shard(average.module)
+            average.to(trainer.strategy.root_device)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         if step_idx is None:
@@ -68,6 +76,19 @@ class EMA(WeightAveraging):
             self._swap_models(pl_module)
             self._swapped = False
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if isinstance(trainer.strategy, Sharded) and self._average_model is not None:
+            checkpoint["state_dict"] = sharding.whole(self._average_model.module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if isinstance(trainer.strategy, Sharded) and self._average_model is not None:
+            sharding.load(self._average_model.module, checkpoint["state_dict"])
+            sharding.load(pl_module, checkpoint["current_model_state"])
+            self._average_model.n_averaged.copy_(checkpoint["averaging_state"]["n_averaged"])
+        else:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
 
 class Checkpoints(Checkpoint):
     """last.ckpt after every epoch, every so many steps and when a signal ends the run; best.ckpt, a copy of it, after the validation
@@ -75,7 +96,7 @@ class Checkpoints(Checkpoint):
 
     every_n_steps: optimizer steps between checkpoints in the middle of an epoch; None for none
     signals: stops training between two steps, on all ranks at the same one; curves: whose rows a checkpoint counts
-    came_from: the checkpoint file that training goes on from, in this run or in another; timeout_s: to wait for the other ranks
+    origin: what training goes on from, in this run or in another; timeout_s: to wait for the other ranks
 
     A checkpoint is written between two optimizer steps, and a run that goes on from it is seated there: Lightning's own counters after
     a restart are off by one in several of these places, and redo or leave out a validation.
@@ -88,16 +109,16 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None = None,
         signals: Signals | None = None,
         curves: Curves | None = None,
-        came_from: Path | None = None,
+        origin: Origin | None = None,
         timeout_s: float = 1800,
     ):
-        self.folder, self.every_n_steps, self.came_from = folder, every_n_steps, came_from
+        self.folder, self.every_n_steps, self.origin = folder, every_n_steps, origin
         self.signals, self.curves, self.timeout_s = signals or Signals(), curves, timeout_s
         self.best_top1: float | None = None
         self.best_step: int | None = None
-        self.start = Position()
+        self.start = origin.position if origin else Position()
         self._began = time.monotonic()
-        self._saved: int | None = None  # the step of the last checkpoint
+        self._saved = self.start.step if origin else None  # the step of the last checkpoint
         self._is_best = False
         self._ending: int | None = None  # the signal that all ranks have agreed on
 
@@ -106,16 +127,10 @@ class Checkpoints(Checkpoint):
     def state_dict(self) -> dict[str, Any]:
         return {"best_top1": self.best_top1, "best_step": self.best_step}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # called after on_load_checkpoint
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_top1, self.best_step = state_dict["best_top1"], state_dict["best_step"]
-        assert self.came_from is not None
-        self._bring_best(self.came_from, speaks=getattr(rank_zero_only, "rank", 0) == 0)
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.start = Position.of(checkpoint)
-        self._saved = self.start.step
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.begin = self.start.epoch, first_batch(self.start, trainer)
+        assert self.origin is not None
+        self._bring_best(self.origin.file, speaks=getattr(rank_zero_only, "rank", 0) == 0)
 
     def _bring_best(self, source: Path, *, speaks: bool) -> None:
         """The best.ckpt that the state speaks of, whose file may be older (cut off before it was copied), newer, elsewhere or gone."""
@@ -140,12 +155,15 @@ class Checkpoints(Checkpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Lightning's handlers talk to the other ranks from within a signal, and let a SIGTERM end in exit code 0, without a checkpoint.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        if stage == "fit" and self.origin is not None:  # a sharded optimizer asks for the loader before the checkpoint is read
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            data.begin = self.start.epoch, first_batch(self.start, trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._agreed = Agreement(trainer.world_size, self.timeout_s)
         # Lightning's asks the device on every step, and hears the first rank alone.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
-        if self.came_from is not None:
+        if self.origin is not None:
             _seat(trainer, self.start, first_batch(self.start, trainer))
         self.signals.phase = "training"
 
@@ -196,7 +214,7 @@ class Checkpoints(Checkpoint):
         self.signals.phase = "after"
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, *, epoch: int, batch: int, validating: bool = False) -> None:
-        if not _finite(list(module.parameters())):
+        if not trainer.strategy.reduce_boolean_decision(bool(_largest(list(module.parameters())).isfinite())):
             raise UserError(
                 f"the weights are no longer finite at step {trainer.global_step}; the checkpoints are from before; lower optimizer.lr"
             )
@@ -331,12 +349,12 @@ class Finite(Callback):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         bad = ~loss.isfinite()
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradient = ~torch.nn.utils.get_total_norm([p.grad for p in parameters], norm_type=torch.inf).isfinite()
+        gradient = ~_largest([p.grad for p in parameters]).isfinite()
         # float16's scaler makes infinite gradients on its way to a fitting scale, and leaves those steps out itself.
         bad = torch.maximum(bad.float(), 0.5 * gradient.float()) if scaled else (bad | gradient).float()
         if trainer.world_size > 1:
             torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
-        fused = bool(optimizer.defaults.get("fused"))
+        fused = bool(optimizer.defaults.get("fused")) and not isinstance(trainer.strategy, Sharded)
         lag = self.lag if self.lag is not None else 2 if bad.is_cuda and (fused or scaled or self.policy == "stop") else 0
         if lag and fused and not scaled:
             optimizer.found_inf = bad  # torch's fused steps do nothing where it is 1
@@ -415,8 +433,10 @@ def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:
     return here, arrived
 
 
-def _finite(tensors: list[Tensor]) -> bool:
-    return bool(torch.nn.utils.get_total_norm([tensor.detach() for tensor in tensors], norm_type=torch.inf).isfinite())
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """The largest absolute value, of sharded tensors in the parts that are here; not a number where one is none."""
+    here = [tensor for tensor in map(sharding.part, tensors) if tensor.numel()]
+    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in here], norm_type=torch.inf)
 
 
 class Throughput(Callback):

@@ -176,6 +176,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     from tnt_lightning.evaluate import evaluate
     from tnt_lightning.models import cost
     from tnt_lightning.models.weights import load_weights
+    from tnt_lightning.sharding import Sharded
 
     began = time.perf_counter()
     recipe, faults = config["recipe"], config["faults"]
@@ -217,7 +218,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         every_n_steps=config["checkpoint"]["every_n_steps"],
         signals=signals,
         curves=curves,
-        came_from=origin.file if origin else None,
+        origin=origin,
         timeout_s=faults["timeout_s"],
     )
     callbacks.append(checkpoints)
@@ -264,8 +265,10 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         trainer.loggers = []  # metrics.csv holds the curves; what follows belongs to result.json and the dashboard's summary
 
         def figures(checkpoint: str) -> dict[str, float]:
-            load_weights(classifier.backbone, runs.checkpoint_path(run, checkpoint), exact=True)
-            return evaluate(trainer, classifier, data)
+            # Into a network that has been sharded for training no file is loaded.
+            measured = build_classifier(config) if isinstance(trainer.strategy, Sharded) else classifier
+            load_weights(measured.backbone, runs.checkpoint_path(run, checkpoint), exact=True)
+            return evaluate(trainer, measured, data)
 
         # The best checkpoint is the result where validation images chose it and others test it; otherwise the last one is.
         chosen = checkpoints.best_step is not None
