@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tnt_lightning"
 FLOORS = [  # a module may import from its own floor and the ones before
     {"tnt_lightning", "errors", "signals"},
     {"faults", "memory", "runs", "schema", "trees"},
-    {"checkpoints", "curves"},
+    {"checkpoints", "curves", "sharding"},
     {"models"},
     {"data"},
     {"classifier", "callbacks", "ranks"},
@@ -23,7 +23,22 @@ FLOORS = [  # a module may import from its own floor and the ones before
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare"},
-    "lightning": {"classifier", "checkpoints", "curves", "callbacks", "ranks", "data", "build", "show", "dashboard", "train", "evaluate"},
+    "lightning": {
+        *(
+            "classifier",
+            "checkpoints",
+            "curves",
+            "sharding",
+            "callbacks",
+            "ranks",
+            "data",
+            "build",
+            "show",
+            "dashboard",
+            "train",
+            "evaluate",
+        ),
+    },
     "wandb": {"dashboard", "workspace"},
     "wandb_workspaces": {"workspace"},
     "plotly": {"charts"},
