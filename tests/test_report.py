@@ -127,12 +127,13 @@ def test_the_command_writes_a_page_and_tables(sweep, capsys):
 
 def test_no_cell_of_the_latex_table_belongs_to_the_line_before(tmp_path):
     for blocks in ("[1,3]", "[1]"):
-        run(tmp_path / "runs" / blocks, f"tnt_blocks={blocks}", "logger.project='*x\ny'")
+        run(tmp_path / "runs" / blocks, f"tnt_blocks={blocks}", "weights='*'")
+    run(tmp_path / "runs" / "other", "tnt_blocks=[1]", "weights=null")
     (tmp_path / "runs" / "a\nb").mkdir()
-    run(tmp_path / "runs" / "a\nb" / "c", "tnt_blocks=[1]", seed=1, top1=None)
+    run(tmp_path / "runs" / "a\nb" / "c", "tnt_blocks=[1]", "weights=null", seed=1, top1=None)
     report(tmp_path / "runs")
     latex = (tmp_path / "runs" / "report.tex").read_text()
-    assert "\n  {[}1,3{]} & " in latex and "\n  {[}1{]} & " in latex
+    assert "\n  {[}1,3{]} & {*} & " in latex and "\n  {[}1{]} & null & " in latex
     assert not re.search(r"\\\\\s*[\[*]", latex), r"\\[1,3] would be a distance"
     assert all(line.startswith("% ") for line in latex.split("\\begin")[0].splitlines()), "a note is one line of comment"
 
@@ -173,6 +174,13 @@ def test_what_a_row_has_in_common(tmp_path, one, other, apart):
     run(tmp_path / "runs" / "one", *one, seed=0)
     run(tmp_path / "runs" / "other", *other, seed=1)
     assert collect([tmp_path / "runs"]).keys == ([apart] if apart else [])
+
+
+def test_the_order_of_keys_tells_nothing_apart(tmp_path):
+    run(tmp_path / "runs" / "one", seed=0)
+    file = run(tmp_path / "runs" / "other", seed=1) / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()), sort_keys=True))
+    assert rows(collect([tmp_path / "runs"])) == [("run", "2")]
 
 
 def test_figures_of_speed_of_different_machines_are_noted(tmp_path):
@@ -335,6 +343,11 @@ def test_charts(large):
     assert all(line["x"] == sorted(line["x"]) and line["mode"] == "lines+markers" for line in lines)
     assert lines[0]["y"] == [92.5, 94.5, 93.5, 91.0]
     assert lines[0]["error_y"]["array"][3] is None and lines[0]["error_y"]["array"][0] == pytest.approx(0.5**0.5)
+    page = (large / "report.html").read_text()
+    tables = dict(re.findall(r'aria-label="([^"]*), as a table"><table>(.*?)</table>', page))
+    assert list(tables) == list(charts), "what a chart shows is in its table"
+    cells = ("0.01", "inner_heads=1 weights=null", "91.00", "1")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in tables["test top-1 against optimizer.lr"]
     diamonds = [name for name, chart in charts.items() if '"diamond"' in json.dumps(chart["data"])]
     assert diamonds == [f"test top-1 against {name}" for name in ("inner_heads", "GMAC", "parameters, M")], "of what the paper varied"
     assert "<b>" not in json.dumps(charts) and "&lt;b&gt;%{x}&lt;/b&gt;" in json.dumps(charts), "no name is markup"
@@ -417,7 +430,7 @@ def test_a_page_on_a_desktop_and_on_a_phone(large, tmp_path, dark):
     listen = "addEventListener('message', said => { seen[said.data.width] = said.data; document.title = JSON.stringify(seen) })"
     (tmp_path / "frames.html").write_text(f"<title></title><script>const seen = {{}}; {listen}</script>{frames}")
     line = [CHROMIUM, *CHROMIUMS, f"--user-data-dir={tmp_path / 'profile'}", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
-    done = subprocess.run([*line, (tmp_path / "frames.html").as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*line, (tmp_path / "frames.html").as_uri()], capture_output=True, text=True, timeout=240)
     screens = json.loads(html.unescape(re.search(r"<title>(\{.*?\})</title>", done.stdout)[1]))
     assert sorted(map(int, screens)) == [390, 1280]
     for width, seen in screens.items():

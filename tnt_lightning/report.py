@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from tnt_lightning import runs
 from tnt_lightning.cli import Parser, fail
 from tnt_lightning.config import text
-from tnt_lightning.errors import UserError, one_line
+from tnt_lightning.errors import UserError
 from tnt_lightning.results import COLUMNS, FIGURES, Results, collect, table
 
 
@@ -129,7 +129,7 @@ def _latex(results: Results) -> str:
 
 
 def _tex(cell: str) -> str:
-    return "".join(_MARKS.get(char, char) for char in one_line(cell))
+    return "".join(_MARKS.get(char, char) for char in cell)
 
 
 _MARKS = {char: f"\\{char}" for char in "&%$#_{}"}
