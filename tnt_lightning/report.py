@@ -13,7 +13,7 @@ from tnt_lightning import runs
 from tnt_lightning.cli import Parser, fail
 from tnt_lightning.config import text
 from tnt_lightning.errors import UserError
-from tnt_lightning.results import FIGURES, Results, collect, table
+from tnt_lightning.results import COLUMNS, FIGURES, Results, collect, table
 
 
 def main() -> None:
@@ -32,15 +32,33 @@ def main() -> None:
 
 
 def show(results: Results) -> None:
-    """The table in the terminal, and what is missing in it."""
+    """The table in the terminal, and what is missing in it. Of a narrow terminal's table some columns are in report.csv only."""
     head, cells = table(results)
-    shown = [place for place, name in enumerate(head) if name not in ("images/s", "from")]  # a terminal is narrow
-    seen = Table(*(Column(escape(head[place]), min_width=max(len(row[place]) for row in cells)) for place in shown))
-    for row in cells:
-        seen.add_row(*(escape(row[place]) for place in shown))
-    Console().print(seen)
+    paper = head.index("paper, %")
+    for row, line in zip(results.rows, cells, strict=True):
+        if row.paper is not None and row.paper.foreign:
+            line[paper] += " (ImageNet)"
+    console, paper_roll = Console(), Console(width=10_000)  # into a file or a pipe all of it goes
+    without, fold = ["images/s", "from"], 32 if console.is_terminal else None
+    seen = _table(head, cells, without, fold)
+    for spare in ("GMAC", "parameters, M", "compared"):
+        if console.is_terminal and paper_roll.measure(seen).maximum > console.width:
+            without.append(spare)
+            seen = _table(head, cells, without, fold)
+    (console if console.is_terminal else paper_roll).print(seen)
     for note in results.notes:
         print(f"note   {note}")
+
+
+def _table(head: list[str], cells: list[list[str]], without: list[str], fold: int | None) -> Table:
+    """Knobs in lines of so many characters, and figures in one."""
+    places = [place for place, name in enumerate(head) if name not in without]
+    knobs = [Column(escape(name), overflow="fold", max_width=fold) for name in head[: -len(COLUMNS)]]
+    figures = [Column(escape(head[at]), min_width=max(len(line[at]) for line in cells)) for at in places if at >= len(knobs)]
+    shown = Table(*knobs, *figures)
+    for line in cells:
+        shown.add_row(*(escape(line[place]) for place in places))
+    return shown
 
 
 def write(results: Results, out: Path) -> list[Path]:
@@ -65,16 +83,16 @@ def write(results: Results, out: Path) -> list[Path]:
 
 
 def _rows(results: Results) -> str:
-    keys = list(dict.fromkeys(key for row in results.rows for key in row.knobs))
-    head = [*keys, "runs", "n", "seeds", "commit", "parameters", "parameters_as_in_the_paper", "flops"]
+    keys = [key for key in results.keys if key != "commit"]
+    head = [*keys, "runs", "n", "compared", "seeds", "commit", "parameters", "parameters_as_in_the_paper", "flops"]
     head += [name for figure in FIGURES for name in (figure, f"{figure}_sd")] + ["paper", "paper_table"]
     lines = []
     for row in results.rows:
         seeds = " ".join(text(run.seed) for run in row.runs if run.state == "finished")
         sizes = [row.mean(key) for key in ("parameters", "parameters_as_in_the_paper", "flops")]
         figures = [value for figure in FIGURES for value in (row.mean(figure), row.deviation(figure))]
-        known = [*(text(row.knobs.get(key)) for key in keys), len(row.runs), len(row.values(results.figure)), seeds, row.commit]
-        lines.append([*known, *sizes, *figures, *(row.paper or ("", ""))])
+        known = [*(row.said(key) for key in keys), len(row.runs), len(row.values(row.figure)), row.figure, seeds, row.commit]
+        lines.append([*known, *sizes, *figures, *((row.paper.top1, row.paper.source) if row.paper else ("", ""))])
     return _csv(head, lines)
 
 
@@ -83,7 +101,7 @@ def _runs(results: Results) -> str:
     return _csv(
         head,
         [
-            [row.name, text(run.seed), run.state, run.result.get("commit"), *(run.result.get(figure) for figure in FIGURES),
+            [row.name, text(run.seed), run.state, run.commit, *(run.result.get(figure) for figure in FIGURES),
              run.result.get("device"), run.folder, run.why]
             for row in results.rows for run in row.runs
         ],
@@ -100,12 +118,12 @@ def _csv(head: list[str], lines: list[list[Any]]) -> str:
 def _latex(results: Results) -> str:
     """A table for booktabs. Numbers stand to the right."""
     head, cells = table(results)
-    keys = len(head) - 8
-    lines = [f"  {' & '.join(map(_tex, row))} \\\\" for row in (head, *cells)]
+    knobs = len(head) - len(COLUMNS)
+    lines = [f"  {' & '.join(map(_tex, line))} \\\\" for line in (head, *cells)]
     notes = "".join(f"% {note}\n" for note in results.notes)
     return (
         f"% needs \\usepackage{{booktabs}}; mean and standard deviation over n seeds\n{notes}"
-        f"\\begin{{tabular}}{{{'l' * keys}{'r' * 7}l}}\n  \\toprule\n{lines[0]}\n  \\midrule\n" + "\n".join(lines[1:]) + "\n"
+        f"\\begin{{tabular}}{{{'l' * knobs}rrlrrrrrl}}\n  \\toprule\n{lines[0]}\n  \\midrule\n" + "\n".join(lines[1:]) + "\n"
         "  \\bottomrule\n\\end{tabular}\n"
     )
 
@@ -116,6 +134,8 @@ def _tex(cell: str) -> str:
 
 _MARKS = {char: f"\\{char}" for char in "&%$#_{}"}
 _MARKS |= {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$"}
+_MARKS |= {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
+_MARKS |= {char: f"{{{char}}}" for char in "[]*"}  # which belong to the \\ of the line before where a line begins with one
 
 
 if __name__ == "__main__":
