@@ -42,6 +42,23 @@ def test_there_is_an_overview_and_a_view_for_each_ablation(written):
         assert [group["name"].split(".")[0] for group in runs["grouping"]] == [knob]
 
 
+def test_runs_with_and_without_a_test_part_are_seen(written):
+    """ImageNet and iNat have validation images only; and every panel of an open section is on its first page."""
+    for view in written.values():
+        sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+        for section in sections:
+            pages = section["flowConfig"]
+            assert len(section["panels"]) <= pages["columnsPerPage"] * pages["rowsPerPage"]
+        [accuracy] = (section for section in sections if section["isOpen"] and "Scatter Plot" in json.dumps(section))
+        for panel in accuracy["panels"]:
+            text, kind = json.dumps(panel["config"]), panel["viewType"]
+            if "test/top1" in text:
+                other = text.replace("test/top1", "val/top1").replace("test top-1", "validation top-1")
+                assert (kind, other) in [(one["viewType"], json.dumps(one["config"])) for one in accuracy["panels"]]
+        figures = {figure for panel in accuracy["panels"] for figure in ("val/top1", "test/top1") if figure in json.dumps(panel)}
+        assert figures == {"val/top1", "test/top1"}
+
+
 def test_logged_out_it_is_json(tmp_path):
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB") and key != "NETRC"} | {"HOME": str(tmp_path)}
     line = [sys.executable, "-m", "tnt_lightning.dashboard"]
