@@ -1,6 +1,5 @@
 """W&B's views of a project and its own sweeps, as far as they can be looked at without an account."""
 
-import itertools
 import json
 import os
 import shutil
@@ -42,6 +41,23 @@ def test_there_is_an_overview_and_a_view_for_each_ablation(written):
         assert [group["name"].split(".")[0] for group in runs["grouping"]] == [knob]
 
 
+def test_runs_with_and_without_a_test_part_are_seen(written):
+    """ImageNet and iNat have validation images only; and every panel of an open section is on its first page."""
+    for view in written.values():
+        sections = view["spec"]["section"]["panelBankConfig"]["sections"]
+        for section in sections:
+            pages = section["flowConfig"]
+            assert len(section["panels"]) <= pages["columnsPerPage"] * pages["rowsPerPage"]
+        [accuracy] = (section for section in sections if section["isOpen"] and "Scatter Plot" in json.dumps(section))
+        for panel in accuracy["panels"]:
+            text, kind = json.dumps(panel["config"]), panel["viewType"]
+            if "test/top1" in text:
+                other = text.replace("test/top1", "val/top1").replace("test top-1", "validation top-1")
+                assert (kind, other) in [(one["viewType"], json.dumps(one["config"])) for one in accuracy["panels"]]
+        figures = {figure for panel in accuracy["panels"] for figure in ("val/top1", "test/top1") if figure in json.dumps(panel)}
+        assert figures == {"val/top1", "test/top1"}
+
+
 def test_logged_out_it_is_json(tmp_path):
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB") and key != "NETRC"} | {"HOME": str(tmp_path)}
     line = [sys.executable, "-m", "tnt_lightning.dashboard"]
@@ -55,16 +71,17 @@ def test_logged_out_it_is_json(tmp_path):
 @pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.parent.name)
 def test_a_sweep_of_wandbs_own_drives_the_command_through_the_models_grid(file):
     sweep = yaml.safe_load(file.read_text())
-    assert sweep["command"] == ["${env}", "python", "-m", "tnt_lightning.train", "${args_no_hyphens}"]
-    every = {key: one["values"] if "values" in one else [one["value"]] for key, one in sweep["parameters"].items()}
-    [knob] = [key for key in KNOBS if len(every.get(key, ())) > 1]
+    env, *called, place, arguments = sweep["command"]
+    assert (env, arguments) == ("${env}", "${args_no_hyphens}") and called[:3] == ["python", "-m", "tnt_lightning.train"]
+    assert place == "hydra.run.dir=multirun/${oc.env:WANDB_SWEEP_ID}/${oc.env:WANDB_RUN_ID}"
+    assert sweep["parameters"].pop("seed") == {"values": [0, 1, 2]}
+    [(knob, swept)] = sweep["parameters"].items()
     seen = []
-    assert every.pop("seed") == [0, 1, 2]
-    for values in itertools.product(*every.values()):
-        arguments = [f"{key}={value}" for key, value in zip(every, values, strict=True)]  # as W&B's agent writes them
-        config = compose(*arguments)
+    for value in swept["values"]:
+        config = compose(*called[3:], f"{knob}={value}")  # as W&B's agent writes it
         check(config, "tnt_s")
         seen.append(plain(config)[knob])
+        assert seen[-1] == value or value == "null", "what W&B shows is what the run has"
     assert seen == OmegaConf.to_container(compose("model=tnt_s").grid[knob])
 
 

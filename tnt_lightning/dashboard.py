@@ -7,6 +7,7 @@ whatever goes wrong in one ends in a single line, and metrics.csv goes on alone.
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -27,6 +29,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from tnt_lightning import runs
 from tnt_lightning.callbacks import Checkpoints, Throughput
+from tnt_lightning.config import flat
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import Transformed, batch_of
 
@@ -82,18 +85,18 @@ class Dashboard(Logger):
         if mode == "disabled":
             return
         before = _read(continued) if continued else {}
-        swept = [override.partition("=")[0].lstrip("+") for override in json.loads(os.environ.get(SWEPT, "[]"))]
-        first = {key: config[key] for key in swept if key in config}  # what a sweep is about stands on top
+        given = session.settings  # with WANDB_RUN_GROUP, and what an agent of W&B's sets
+        swept = _swept(given.sweep_param_path)
         arguments = dict(
             project=before.get("project") or knobs["project"],
             entity=before.get("entity") or knobs["entity"],
             id=before.get("id"),
             resume="allow" if before else None,
-            group=knobs["group"],
+            group=knobs["group"] or given.run_group or given.sweep_id,
             name="/".join(self.run.parts[-2:])[-128:],
             job_type="sweep" if swept else "train",
             tags=[*dict.fromkeys([*knobs["tags"], *(key[-64:] for key in swept if key != "seed")])] or None,
-            config={**first, **config},
+            config={**_on_top(swept, config), **config},
             dir=self.run,
             reinit="create_new",  # leaves wandb.run alone, and a run of somebody else's in this process
         )
@@ -245,6 +248,22 @@ def _visible(pixels: Tensor) -> Any:
     """A picture of uint8 (C, height, width), of a small one each pixel so many times."""
     times = math.ceil(VISIBLE / min(pixels.shape[1:]))
     return to_pil_image(pixels.repeat_interleave(times, 1).repeat_interleave(times, 2))
+
+
+def _swept(parameters: str | None) -> dict[str, Any]:
+    """What a sweep gives this run, by key; of a sweep of W&B's own it is in the file that the agent writes for the run."""
+    if parameters:
+        written = yaml.safe_load(Path(parameters).read_text())
+        return {key.lstrip("+"): one["value"] for key, one in written.items() if key != "wandb_version"}
+    pairs = (override.partition("=") for override in json.loads(os.environ.get(SWEPT, "[]")))
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def _on_top(swept: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep is about, as W&B groups by it: `optimizer_lr`, since it takes dots for sections; of `model=NAME`, which is a section,
+    `model_choice`."""
+    values = dict(flat(config))
+    return {re.sub(r"\W", "_", key) + ("" if key in values else "_choice"): values.get(key, given) for key, given in swept.items()}
 
 
 def _read(run: Path) -> dict[str, Any]:

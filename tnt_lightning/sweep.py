@@ -371,8 +371,10 @@ class Sweep:
         with suppress(BrokenPipeError):
             Console().print(table)
         say(f"sweep  {self.folder}: {self._counts()}")
-        if any(_is_offline(job.run) for job in self.jobs):
-            say(f"W&B    offline; to upload the whole sweep: wandb sync {shlex.quote(str(self.folder))}/*/wandb")
+        if offline := {job.run / "wandb" for job in self.jobs if _is_offline(job.run)}:
+            alone = offline == set(self.folder.glob("*/wandb"))  # with runs that were put aside the pattern would upload these too
+            folders = f"{shlex.quote(str(self.folder))}/*/wandb" if alone else shlex.join(map(str, sorted(offline)))
+            say(f"W&B    offline; to upload the whole sweep: wandb sync {folders}")
         failed = [job for job in self.jobs if job.state == "failed"]
         for job in failed:
             say(f"failed {job.name}: {job.why} (all it said: {job.run / LOG})")

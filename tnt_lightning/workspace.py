@@ -3,7 +3,10 @@
 Logged out it writes the same as JSON.
 """
 
+import hashlib
 import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,10 @@ def main() -> None:
 
 
 def publish(*, project: str, entity: str | None = None, out: Path | None = None) -> list[str]:
-    """Save the views in W&B, or as JSON into `out`, or, logged out, into workspace/; gives a line for each."""
+    """Save the views in W&B, in the place of those of an earlier call, or as JSON into `out`, or, logged out, into workspace/.
+
+    Gives a line for each.
+    """
     import wandb
 
     if out is None:
@@ -46,7 +52,7 @@ def publish(*, project: str, entity: str | None = None, out: Path | None = None)
             saved = []
             for view in views(entity=entity or "", project=project):
                 try:
-                    saved.append(f"{view.name}: {view.save().url}")
+                    saved.append(f"{view.name}: {_saved(view)}")
                 except Exception as error:
                     why = str(error).splitlines()[0] if str(error) else type(error).__name__
                     raise UserError(f"{view.name}: W&B did not take the view ({why}); --out=DIR writes JSON") from None
@@ -75,13 +81,20 @@ def views(*, entity: str, project: str) -> list[Any]:
             raise
         raise UserError(f"the project's page is built by wandb-workspaces: {EXTRA}") from None
 
-    step, top1 = "trainer/global_step", panels.SummaryMetric("test/top1")
+    step = "trainer/global_step"
+    figures = {  # ImageNet and iNat have no test images
+        "validation top-1": panels.SummaryMetric("val/top1"),
+        "test top-1": panels.SummaryMetric("test/top1"),
+    }
 
     def line(title: str, *metrics: str, **knobs: Any) -> Any:
         return panels.LinePlot(title=title, x=step, y=list(metrics), **knobs)
 
-    def against(knob: str) -> Any:
-        return panels.ScatterPlot(title=f"test top-1 against {knob}", x=panels.Config(knob), y=top1)
+    def against(what: str, x: Any, **knobs: Any) -> list[Any]:
+        return [panels.ScatterPlot(title=f"{name} against {what}", x=x, y=figure, **knobs) for name, figure in figures.items()]
+
+    def column(x: Any) -> Any:
+        return panels.ParallelCoordinatesPlotColumn(x)
 
     curves = [
         line("validation top-1", "val/top1"),
@@ -96,15 +109,19 @@ def views(*, entity: str, project: str) -> list[Any]:
         panels.LinePlot(title="memory of the process", x="Relative Time (Process)", y=["system/proc.memory.rssMB"]),
     ]
     sizes = [
-        panels.ScatterPlot(title="test top-1 against FLOPs", x=panels.SummaryMetric("flops"), y=top1, log_x=True),
-        panels.ScatterPlot(title="test top-1 against parameters", x=panels.SummaryMetric("parameters"), y=top1, log_x=True),
+        *against("FLOPs", panels.SummaryMetric("flops"), log_x=True),
+        *against("parameters", panels.SummaryMetric("parameters"), log_x=True),
     ]
-    coordinates = panels.ParallelCoordinatesPlot(
-        columns=[*(panels.ParallelCoordinatesPlotColumn(panels.Config(knob)) for knob in KNOBS), panels.ParallelCoordinatesPlotColumn(top1)]
-    )
+    coordinates = [  # one for each figure: a run is a line only where it has them all
+        panels.ParallelCoordinatesPlot(
+            title=f"{name} by the knobs", columns=[*(column(panels.Config(knob)) for knob in KNOBS), column(figure)]
+        )
+        for name, figure in figures.items()
+    ]
 
     def section(name: str, *content: Any, opened: bool = True) -> Any:
-        return workspaces.Section(name=name, panels=list(content), is_open=opened)
+        whole = workspaces.SectionLayoutSettings(columns=3, rows=math.ceil(len(content) / 3))  # otherwise six, and arrows to the others
+        return workspaces.Section(name=name, panels=list(content), is_open=opened, layout_settings=whole)
 
     examples = section("example predictions", panels.MediaBrowser(media_keys=["examples"]))
     overview = workspaces.Workspace(
@@ -113,7 +130,7 @@ def views(*, entity: str, project: str) -> list[Any]:
         name="TNT",
         sections=[
             section("curves", *curves),
-            section("accuracy", *sizes, *(against(knob) for knob in KNOBS), coordinates),
+            section("accuracy", *sizes, *(panel for knob in KNOBS for panel in against(knob, panels.Config(knob))), *coordinates),
             section("speed and memory", *speed),
             examples,
         ],
@@ -127,12 +144,15 @@ def views(*, entity: str, project: str) -> list[Any]:
                 name=f"{knob}: Table {TABLES[knob]}",
                 sections=[
                     section(
-                        f"test top-1 by {knob}",
-                        panels.BarPlot(
-                            title="test top-1, mean and deviation over seeds", metrics=[top1], groupby=panels.Config(knob),
-                            groupby_aggfunc="mean", groupby_rangefunc="stddev",
+                        f"top-1 by {knob}",
+                        *(
+                            panels.BarPlot(
+                                title=f"{name}, mean and deviation over seeds", metrics=[figure], groupby=panels.Config(knob),
+                                groupby_aggfunc="mean", groupby_rangefunc="stddev",
+                            )
+                            for name, figure in figures.items()
                         ),
-                        against(knob),
+                        *against(knob, panels.Config(knob)),
                         *sizes,
                     ),
                     section("curves", *curves),
@@ -145,6 +165,17 @@ def views(*, entity: str, project: str) -> list[Any]:
             for knob in KNOBS
         ),
     ]  # fmt: skip
+
+
+def _saved(view: Any) -> str:
+    """Its address, which is made of its name: by it the next call finds the view, and takes its place."""
+    from wandb_workspaces.workspaces import internal
+
+    address = hashlib.sha256(f"{view.entity}/{view.project}/{view.name}".encode()).hexdigest()[:11]
+    view._internal_name = f"nw-{address}-v"  # as the library names those that it makes up
+    with suppress(ValueError):  # there is none yet
+        view._internal_id = internal.get_view_dict(view.entity, view.project, address)["id"]
+    return str(view.save().url)
 
 
 def described(view: Any) -> dict[str, Any]:
