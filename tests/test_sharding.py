@@ -90,11 +90,11 @@ def largest_difference(one: Path, other: Path) -> float:
     pairs = []
 
     def walk(a, b):
-        assert type(a) is type(b)
         if isinstance(a, dict):
-            assert list(a) == list(b)
-        if isinstance(a, dict | list | tuple):
-            for x, y in zip(*((c.values() if isinstance(c, dict) else c) for c in (a, b)), strict=True):
+            assert a.keys() == b.keys()
+            a, b = list(a.values()), [b[key] for key in a]
+        if isinstance(a, list | tuple):
+            for x, y in zip(a, b, strict=True):
                 walk(x, y)
         elif isinstance(a, torch.Tensor):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
