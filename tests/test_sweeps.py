@@ -325,29 +325,24 @@ def test_of_a_job_of_several_processes_with_loaders_nothing_is_left(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_is_one_also_when_a_signal_comes_while_the_last_job_ends(tmp_path):
-    overrides, env = with_callback("Late", tmp_path)
-    sweep = Sweep(tmp_path, "inner_heads=5,1", *SHORT, *overrides, **env)
-    sweep.until((sweep.folder / "inner_heads=1" / "result.json").exists)
-    sweep.process.send_signal(signal.SIGTERM)
-    assert "sweep: 1 failed, 1 finished\n" in sweep.ended(1)
-
-
-@pytest.mark.slow
 def test_a_crash_is_named_and_once_its_cause_is_gone_the_job_runs(tmp_path):
-    """By a traceback, before there is a config.yaml; then a process that has not come to write one still has the directory."""
+    """By a traceback, before there is a config.yaml, and a failure also where a signal comes while the last job ends. Then a process that
+    has not come to write one still has the directory."""
     (tmp_path / "broken").touch()
     overrides, env = with_callback("Crashing", tmp_path)
-    sweep = Sweep(tmp_path, "seed=0,1", *SHORT, *overrides, **env)
+    sweep = Sweep(tmp_path, "seed=1,0", *SHORT, *overrides, *with_callback("Late", tmp_path)[0], **env)
+    sweep.until((sweep.folder / "seed=0" / "result.json").exists)
+    sweep.process.send_signal(signal.SIGTERM)
     said, run = sweep.ended(1), sweep.folder / "seed=1"
+    assert "sweep: 1 failed, 1 finished\n" in said
     assert f"failed seed=1: callbacks.Crash: by design (all it said: {run / 'job.log'})\n" in said
     assert "Traceback" in (run / "job.log").read_text() and not (run / "config.yaml").exists()
     (tmp_path / "broken").unlink()
     with FileLock(run / ".lock"):
-        again = Sweep(tmp_path, "seed=0,1", *SHORT, *overrides, **env)
+        again = Sweep(tmp_path, "seed=1,0", *SHORT, *overrides, **env)
         again.says(f"note   {run}: a process still trains in it; waiting for its end, at most 130 seconds\n")
         assert len(again.headings("seed=1")) == 1
-    assert "1 of 2 jobs are finished already" in again.ended(0) and again.states() == {"seed=0": "skipped", "seed=1": "finished"}
+    assert "1 of 2 jobs are finished already" in again.ended(0) and again.states() == {"seed=1": "finished", "seed=0": "skipped"}
 
 
 @pytest.mark.slow
@@ -689,6 +684,20 @@ def test_of_long_curves_a_job_shows_whole_rows_alone(tmp_path):
         stream.write("229,4")
     _look_at(job)
     assert (job.epoch, job.top1) == (22, 52.299)
+
+
+def test_a_job_that_is_stopped_the_moment_it_is_forked_ends(tmp_path):
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(5)\n")
+    starter = "from tnt_lightning import zygote; zygote.PRELOADED, zygote.COMMAND = (), 'sleeper'; zygote.main()"
+    line = [sys.executable, "-c", starter, "fork"]
+    with subprocess.Popen(line, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        for number in range(20):
+            start = {"start": number, "argv": [], "env": {}, "log": str(tmp_path / "log")}
+            process.stdin.write(f'{json.dumps(start)}\n{{"signal": {int(signal.SIGTERM)}}}\n'.encode())
+            process.stdin.flush()
+            assert json.loads(process.stdout.readline()) == {"ended": number, "code": -signal.SIGTERM, "why": None}
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 STARTER = """
