@@ -192,8 +192,9 @@ def test_an_ablation_sweeps_its_grid(tmp_path):
 
 
 def test_an_ablation_of_several_models_at_once_is_refused(tmp_path):
-    done = command("train", "-m", "ablation=se", "model=tnt_s,tnt_ti", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
-    assert done.returncode == 2 and "each model has a grid of its own" in done.stderr
+    for models in ("tnt_s,tnt_ti", "glob(tnt_*)"):
+        done = command("train", "-m", "ablation=se", f"model={models}", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
+        assert done.returncode == 2 and f"model={models} beside ablation=se: each model has a grid of its own" in done.stderr
     done = command("train", "-m", "ablation=se", "model=deit_s", cwd=tmp_path)
     assert done.returncode == 2 and "ablation=se: this model has no grid for se; models that have one: tnt_b" in done.stderr
 

@@ -4,6 +4,7 @@ The ablation knobs are top-level keys, because that is how they are swept; a mod
 them on to the model.
 """
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -156,7 +157,7 @@ def refuse_ablation_in_a_single_run(ablation: str | None) -> None:
 
 def refuse_ablation_of_swept_models(ablation: str | None) -> None:
     """Hydra reads the grid once, of the model that is not swept; another model's rows would be missing without a word."""
-    swept = [arg for arg in sys.argv[1:] if arg.startswith(("model=", "data=", "experiment=")) and "," in arg]
+    swept = [arg for arg in sys.argv[1:] if re.match(r"(model|data|experiment)=.*[,(]", arg)]  # a,b or glob(t*), choice(a), range(2)
     if ablation is not None and swept:
         raise UserError(f"{swept[0]} beside ablation={ablation}: each model has a grid of its own; start a sweep for each")
 

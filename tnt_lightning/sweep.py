@@ -30,14 +30,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tnt_lightning import runs, signals, zygote
-from tnt_lightning.config import changes
+from tnt_lightning.config import changes, refuse_to_continue, text
 from tnt_lightning.errors import UserError, one_line
 
 RECORD = "sweep.json"  # in the sweep's directory: its command and its jobs
 LOG = "job.log"  # in a run's directory: what its process said
 ENDING_S = 130  # that jobs of a sweep that was killed may still take to end
 AWAY = ("queued", "running")  # states of a job that was handed over and has not ended
-FREE = ("resume", "data.num_workers", "trainer.enable_progress_bar", "logger")  # of the configuration: a run with others is the same run
+ON_GPU = ("auto", "gpu", "cuda")  # the values of trainer.accelerator that may mean one
+# Of the configuration: a run with others is the same run, without a word, or with one.
+FREE = ("data.num_workers", "trainer.enable_progress_bar", "logger")
+MEANS = ("trainer.devices", "data.cache", "data.download", "checkpoint.", "faults.timeout_s")
 # What starts processes of one job, and what a batch system says of another one.
 _OF_OTHERS = (
     "LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
@@ -66,6 +69,7 @@ class Job:
     gpus: tuple[str, ...] = ()
     where: str = ""  # it runs, where that is not this machine
     why: str = ""  # it failed, in one line
+    commit: str | None = None  # of the code that it was last started by
     began: float = 0.0
     first: tuple[float, int] | None = None  # when it was first seen in which epoch
     epoch: int = 0
@@ -86,20 +90,31 @@ class Machine:
     """What jobs share: GPUs, by the names that CUDA_VISIBLE_DEVICES takes; at most so many jobs at a time; CPU cores.
 
     gpus: None where none is known of, and jobs are left to look for themselves
+    at_once: None for as many as there are GPUs, and one without
     """
 
     gpus: list[str] | None
-    at_once: int
+    at_once: int | None
     cores: int | None = field(default_factory=lambda: _cores())  # None: jobs run elsewhere
 
     def __post_init__(self) -> None:
+        self._there = self.gpus
+        self.serve(gpu=True)
+
+    def serve(self, *, gpu: bool) -> None:
+        """Jobs of which some need a GPU; or none does, and they have the machine as if it had none."""
+        self.gpus = self._there if gpu or not self._there else []
         self.free = list(self.gpus or ())
+
+    @property
+    def places(self) -> int:
+        return self.at_once or len(self.gpus or ()) or 1
 
     def share(self, devices: int) -> int | None:
         """Of the cores, for each process of a job. None on a machine with GPUs, whose jobs are not alike to share them."""
-        if self.cores is None or self.gpus or self.at_once * devices == 1:
+        if self.cores is None or self.gpus or self.places * devices == 1:
             return None
-        return max(1, self.cores // (self.at_once * devices))
+        return max(1, self.cores // (self.places * devices))
 
 
 def gpus_here(given: int | Sequence[Any] | None) -> list[str] | None:
@@ -139,6 +154,7 @@ class Sweep:
     def __init__(self, folder: Path, machine: Machine, engine: "Engine", *, command: Sequence[str], fresh: bool):
         self.folder, self.machine, self.engine, self.command, self.fresh = folder, machine, engine, list(command), fresh
         self.jobs: list[Job] = []
+        self.commit, self._commits = runs.commit(), _commits_in(folder)
         self._came: int | None = None
         self._said: dict[Path, str] = {}  # the state that was last told, where there is no terminal
         self._recorded = True
@@ -186,7 +202,7 @@ class Sweep:
                         job.state = "stopped"
                 self._record()
         if self._came is not None and any(job.state == "stopped" for job in self.jobs):
-            self.conclude()
+            self._summarise()
             if self._came not in (signal.SIGTERM, signal.SIGINT) and (batch := signals.slurm_job()):
                 say(signals.requeue(batch))
             raise SystemExit(128 + self._came)
@@ -194,42 +210,46 @@ class Sweep:
 
     def _look(self, jobs: Sequence[Job]) -> Iterator[str]:
         """At what lies there of each job already, and say what is done with it."""
-        commit, cut_off, going = runs.commit(), [], []
-        others: dict[str | None, list[str]] = {}
+        cut_off, going, by_others = [], [], []
+        commits: dict[str | None, list[str]] = {}
         for job in jobs:
             if self.engine.at_it(job):
                 if self.fresh:
                     raise runs.in_use(job.run)
+                job.commit = self._commits.get(os.path.relpath(job.run, self.folder), self.commit)
                 going.append(job.name)
                 continue
+            wait_for(job.run)  # one that has not come to write anything either: it may have its GPUs
             if not runs.holds(job.run):
                 continue
-            wait_for(job.run)
             if self.fresh:
                 runs.put_aside(job.run)
                 continue
             try:
-                before, result = runs.config_of(job.run), runs.result_of(job.run)
-                differ = [line for line in changes(before, job.config) if not line.startswith(FREE)]
+                result, differ = _lies_there(job)
             except UserError as error:
-                differ, result = [str(error)], {}
-            if differ:
-                few = "; ".join(differ[:3]) + (f"; and {len(differ) - 3} more" if len(differ) > 3 else "")
-                yield f"{job.name}: what lies there is of another configuration ({few}): put aside as {runs.put_aside(job.run)}"
-            elif result:
-                job.state = "skipped"
-                if result.get("commit") != commit:
-                    others.setdefault(result.get("commit"), []).append(job.name)
+                yield f"{job.name}: what lies there is of another configuration ({error}): put aside as {runs.put_aside(job.run)}"
+                continue
+            named = f"{job.name} ({_few(differ)})" if differ else job.name
+            if result:
+                job.state, job.commit = "skipped", result.get("commit")
+                by_others += [named] if differ else []
             else:
-                cut_off.append(job.name)
+                job.commit = self._commits.get(os.path.relpath(job.run, self.folder), self.commit)
+                cut_off.append(named)
+            if job.commit != self.commit or (job.commit or "").endswith("+"):
+                commits.setdefault(job.commit, []).append(job.name if result else f"{job.name} (until it was cut off)")
         if done := [job for job in jobs if job.state == "skipped"]:
             yield f"{len(done)} of {len(jobs)} jobs are finished already; hydra.launcher.fresh=true starts over"
+        if by_others:
+            yield f"finished by other means: {'; '.join(by_others)}"
         if going:
             yield f"at it since before: {'; '.join(going)}"
         if cut_off:
             yield f"cut off before its end, and goes on: {'; '.join(cut_off)}"
-        for other, names in others.items():
-            yield f"trained by the code of commit {other}, and this is {commit}: {'; '.join(names)}"
+        for commit, names in commits.items():
+            now = f"this is {self.commit}" if commit != self.commit else "the changes that + stands for may be others now"
+            yield f"trained by the code of commit {commit}, and {now}: {'; '.join(names)}"
 
     # ---- while jobs run
 
@@ -255,7 +275,7 @@ class Sweep:
 
     def _place(self, job: Job) -> tuple[str, ...] | None:
         """GPUs that are free for a job; none of them where it needs none."""
-        if sum(other.state in AWAY for other in self.jobs) >= self.machine.at_once:
+        if sum(other.state in AWAY for other in self.jobs) >= self.machine.places:
             return None
         needed = job.devices if job.gpu and self.machine.gpus else 0
         if needed > len(self.machine.free):
@@ -265,11 +285,13 @@ class Sweep:
 
     def _start(self, job: Job, gpus: tuple[str, ...], starter: "Starter") -> None:
         job.state, job.gpus, job.began = "running", gpus, time.monotonic()
+        job.commit = job.commit if job.where else self.commit  # where it runs since before, it was started then
         env = {name: value for name, value in os.environ.items() if not name.startswith(_OF_OTHERS)}
         env["TNT_LIGHTNING_SWEPT"] = json.dumps(job.swept)  # for the dashboard
         if self.machine.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
-            env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which nvidia-smi counts
+            if _by_nvidia_smi():
+                env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # in which it counts
         if threads := self.machine.share(job.devices):
             env.setdefault("OMP_NUM_THREADS", str(threads))
         starter.start(job, env=env)
@@ -291,9 +313,15 @@ class Sweep:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGINT, SIGTERM and SLURM's SIGUSR1 stop the jobs, which write their checkpoints; a second one ends this process, and its end
-        the jobs."""
+        the jobs; but not a SIGTERM within seconds of the first one."""
+        first_term: float | None = None
 
         def note(number: int, frame: FrameType | None) -> None:
+            nonlocal first_term
+            if number == signal.SIGTERM:
+                if first_term is not None and time.monotonic() - first_term < signals.SAME_S:
+                    return
+                first_term = time.monotonic()
             if self._came is not None and number != signals.SIGNALS[-1]:
                 os._exit(128 + number)
             self._came = self._came or number
@@ -311,10 +339,11 @@ class Sweep:
     def _record(self) -> None:
         """sweep.json, which a report reads. The jobs go on also where it cannot be written."""
         jobs = [
-            {"swept": list(job.swept), "run": os.path.relpath(job.run, self.folder), "state": job.state, "why": job.why or None}
+            {"swept": list(job.swept), "run": os.path.relpath(job.run, self.folder), "state": job.state, "why": job.why or None,
+             "commit": job.commit}
             for job in self.jobs
-        ]
-        record = {"command": self.command, "commit": runs.commit(), "jobs": jobs}
+        ]  # fmt: skip
+        record = {"command": self.command, "commit": self.commit, "jobs": jobs}
         try:
             runs.write(self.folder / RECORD, json.dumps(record, indent=2) + "\n")
         except OSError as error:
@@ -363,6 +392,11 @@ class Sweep:
 
     def conclude(self) -> None:
         """The summary of all its jobs; SystemExit where some failed."""
+        self._summarise()
+        if any(job.state == "failed" for job in self.jobs):
+            raise SystemExit(1)
+
+    def _summarise(self) -> None:
         table = Table("job", "state", "val top-1", "test top-1", "run")
         for job in self.jobs:
             result = runs.result_of(job.run) if job.state in ("finished", "skipped") else {}
@@ -380,8 +414,6 @@ class Sweep:
             say(f"failed {job.name}: {job.why} (all it said: {job.run / LOG})")
         if failed or any(job.state == "stopped" for job in self.jobs):
             say(f"again, for what is not finished: {shlex.join(self.command)}")
-        if failed and self._came is None:
-            raise SystemExit(1)
 
 
 current: Sweep | None = None  # of this process
@@ -508,26 +540,82 @@ def _is_offline(run: Path) -> bool:
 
 def wait_for(run: Path) -> None:
     """A run whose sweep was killed may still be writing its checkpoint."""
-    patience = time.monotonic() + ENDING_S
+    patience, said = time.monotonic() + ENDING_S, False
     while runs.busy(run):
+        if not said:
+            say(f"note   {run}: a process still trains in it; waiting for its end, at most {ENDING_S} seconds")
+            said = True
         if time.monotonic() > patience:
             raise runs.in_use(run)
         time.sleep(0.5)
 
 
-def _look_at(job: Job) -> None:
-    """How far a running job is, by the end of its metrics.csv."""
-    file = job.run / "metrics.csv"
+def _commits_in(folder: Path) -> dict[str, str | None]:
+    """Of the runs that a sweep's record names: the commit of the code that each was last started by."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return {job["run"]: job.get("commit", record.get("commit")) for job in record["jobs"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _lies_there(job: Job) -> tuple[dict[str, Any], list[str]]:
+    """The result of what lies in a job's directory, empty where it was cut off, and in what it differs without being another run.
+
+    UserError where it is of another configuration; of a run that was cut off that is one that training would not go on with.
+    """
+    before, result = runs.config_of(job.run), runs.result_of(job.run)
+    differ = [line for line in changes(before, job.config) if not line.startswith(FREE)]
+    came_from, comes_from = (_place(config.get("resume")) for config in (before, job.config))
+    if came_from != comes_from and (result or comes_from is not None):
+        raise UserError(f"resume={text(job.config['resume'])}, was {text(before.get('resume'))}")
+    if result:
+        if others := [line for line in differ if not line.startswith(MEANS)]:
+            raise UserError(_few(others))
+        return result, differ
+    if job.config["resume"] is False:
+        raise UserError("resume=false: it never goes on")
+    try:
+        refuse_to_continue(before, job.config)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{job.run / 'config.yaml'} is not the configuration of a run") from None
+    epoch, epochs = _progress(job.run)[0], job.config["trainer"]["max_epochs"]
+    if epoch is not None and epoch >= epochs:
+        raise UserError(f"recipe.epochs={epochs}, and it is in epoch {epoch + 1}")
+    return result, differ
+
+
+def _place(resume: Any) -> Path | None:
+    """What a run goes on from; None for itself alone."""
+    return Path(resume).expanduser().resolve() if resume else None
+
+
+def _few(lines: list[str]) -> str:
+    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+
+
+def _progress(run: Path) -> tuple[int | None, float | None]:
+    """The epoch, from 0, and the last validation top-1, as far as the end of metrics.csv tells."""
+    file = run / "metrics.csv"
     try:
         with file.open("rb") as stream:
             columns = stream.readline().decode().strip().split(",")
-            stream.seek(max(stream.tell(), file.stat().st_size - (1 << 16)))
-            rows = [dict(zip(columns, row, strict=False)) for row in csv.reader(stream.read().decode(errors="ignore").splitlines())]
-        job.epoch = max([int(float(row["epoch"])) for row in rows if row.get("epoch")], default=job.epoch)
-        job.top1 = next((float(row["val/top1"]) for row in reversed(rows) if row.get("val/top1")), job.top1)
-    except (OSError, ValueError):  # not there yet, or a line half written
-        return
-    if job.first is None:
+            if (tail := file.stat().st_size - (1 << 16)) > stream.tell():
+                stream.seek(tail)
+                stream.readline()  # in the middle of a row
+            whole = stream.read().rpartition(b"\n")[0]  # and the last one may be half written
+        rows = [dict(zip(columns, row, strict=False)) for row in csv.reader(whole.decode(errors="ignore").splitlines())]
+        epochs = [int(float(row["epoch"])) for row in rows if row.get("epoch")]
+        return max(epochs, default=None), next((float(row["val/top1"]) for row in reversed(rows) if row.get("val/top1")), None)
+    except (OSError, ValueError):  # not there yet
+        return None, None
+
+
+def _look_at(job: Job) -> None:
+    """How far a running job is."""
+    epoch, top1 = _progress(job.run)
+    job.epoch, job.top1 = job.epoch if epoch is None else epoch, job.top1 if top1 is None else top1
+    if epoch is not None and job.first is None:
         job.first = (time.monotonic(), job.epoch)
 
 
@@ -558,6 +646,11 @@ def _last_words(log: Path, code: int) -> str:
     own = [line for line in lines if not line.startswith(("srun: ", "slurmstepd: ", "submitit "))] or lines
     last = next((line for line in reversed(own) if line.startswith("error: ")), own[-1] if own else f"exit code {code}")
     return one_line(last.removeprefix("error: "))
+
+
+def _by_nvidia_smi() -> bool:
+    """Whether a sweep's GPUs are numbers that it counts by."""
+    return "CUDA_VISIBLE_DEVICES" not in os.environ and shutil.which("nvidia-smi") is not None
 
 
 def _cores() -> int:

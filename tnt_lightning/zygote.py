@@ -33,6 +33,7 @@ COMMAND = "tnt_lightning.train"
 PRELOADED = ("lightning", "wandb", "hydra.main", "tnt_lightning.build", "tnt_lightning.dashboard", "tnt_lightning.evaluate",
              "tnt_lightning.ranks", "tnt_lightning.show", "tnt_lightning.signals", "tnt_lightning.config")  # fmt: skip
 LEFT_S = 20  # that processes of a job may outlive its first one: ranks that notice, a service that uploads
+KILLED_S = 5  # that these are waited for once they are killed, which takes as long as they have memory to give back
 STOP_S = 120  # that jobs have for a checkpoint when the sweep is gone
 HEADING = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (?:process \d+: )?(?:CUDA_VISIBLE_DEVICES=\S* )?python -m .*$"  # of each attempt in a job's log
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
@@ -107,14 +108,23 @@ class Forks:
         try:
             log = _log(line["log"])
         except OSError as error:
-            _say(line["start"], 1, f"{error.filename}: cannot be written ({error.strerror})")
+            _say(line["start"], 1, _not_written(error))
             return
-        parent = os.getpid()
-        process = os.fork()
-        if process == 0:
-            self.become(line, parent, log)
+        parent, why = os.getpid(), None
+        # What comes from here on waits until the child can take it: ignored, as it is in this process, it would be lost to the job.
+        waiting = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            process = os.fork()
+        except OSError as error:
+            why = _not_started(error)
+        else:
+            if process == 0:
+                self.become(line, parent, log, waiting)
+            self.jobs[process] = line["start"]
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
         os.close(log)
-        self.jobs[process] = line["start"]
+        if why is not None:
+            _say(line["start"], 1, why)
 
     def signal(self, number: int) -> None:
         for process in self.jobs:
@@ -127,13 +137,16 @@ class Forks:
             if ended:
                 self.leaving[process] = (self.jobs.pop(process), os.waitstatus_to_exitcode(status), time.monotonic() + LEFT_S)
         for group, (number, code, force) in list(self.leaving.items()):
-            if _left(group, by_force=time.monotonic() > force):
+            if _left(group, force):
                 continue
             del self.leaving[group]
             _say(number, code)
 
-    def become(self, job: dict[str, Any], parent: int, log: int) -> NoReturn:
-        """The job, in the child: as if Python had just been started for it."""
+    def become(self, job: dict[str, Any], parent: int, log: int, mask: set[int]) -> NoReturn:
+        """The job, in the child: as if Python had just been started for it.
+
+        mask: of signals, as it is to be again
+        """
         code = 1
         try:
             signal.set_wakeup_fd(-1)
@@ -144,6 +157,8 @@ class Forks:
             self.libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # which died in between
                 os._exit(1)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.close(_out)
             _print_to(log)
             os.environ.clear()
             os.environ.update(job["env"])
@@ -191,14 +206,20 @@ class Plain:
         line = [sys.executable, "-m", COMMAND, *job["argv"]]
         try:
             log = _log(job["log"])
+        except OSError as error:
+            _say(job["start"], 1, _not_written(error))
+            return
+        try:
             process = subprocess.Popen(
                 line, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=job["env"], start_new_session=True,
                 preexec_fn=self.be_free if os.name == "posix" else None,
             )  # fmt: skip
         except OSError as error:
-            _say(job["start"], 1, f"{error.filename}: cannot be written ({error.strerror})")
+            os.close(log)
+            _say(job["start"], 1, _not_started(error))
             return
-        os.write(log, _heading(job, process.pid).encode() + b"\n")
+        with contextlib.suppress(OSError):  # of a full disk, which the job says
+            os.write(log, _heading(job, process.pid).encode() + b"\n")
         os.close(log)
         self.jobs[job["start"]] = process
         threading.Thread(target=self.wait, args=(job["start"], process)).start()
@@ -212,7 +233,7 @@ class Plain:
 
     def wait(self, number: int, process: subprocess.Popen) -> None:
         code, force = process.wait(), time.monotonic() + LEFT_S
-        while os.name != "nt" and _left(process.pid, by_force=time.monotonic() > force):
+        while os.name != "nt" and _left(process.pid, force):
             time.sleep(0.1)
         _say(number, code)
         del self.jobs[number]
@@ -222,13 +243,17 @@ class Plain:
             process.send_signal(number)
 
 
-def _left(group: int, *, by_force: bool) -> bool:
-    """Whether processes of a job are left: on its GPUs another job would meet them."""
+def _left(group: int, force: float) -> bool:
+    """Whether processes of a job are left: on its GPUs another job would meet them.
+
+    force: when they are killed; what is there seconds later sits in a system call that nothing ends, and is not waited for
+    """
+    late = time.monotonic() - force
     try:
-        os.killpg(group, signal.SIGKILL if by_force else 0)
+        os.killpg(group, signal.SIGKILL if late > 0 else 0)
     except (ProcessLookupError, PermissionError):
         return False
-    return not by_force and (sys.platform != "linux" or any(_is_of(group, file) for file in Path("/proc").glob("[0-9]*/stat")))
+    return late < KILLED_S and (sys.platform != "linux" or any(_is_of(group, file) for file in Path("/proc").glob("[0-9]*/stat")))
 
 
 def _is_of(group: int, file: Path) -> bool:
@@ -238,6 +263,14 @@ def _is_of(group: int, file: Path) -> bool:
     except (OSError, ValueError):
         return False
     return int(its_group) == group and state != b"Z"
+
+
+def _not_written(error: OSError) -> str:
+    return f"{error.filename}: cannot be written ({error.strerror})"
+
+
+def _not_started(error: OSError) -> str:
+    return f"no process could be started for it ({error.strerror})"
 
 
 def _heading(job: dict[str, Any], process: int) -> str:

@@ -45,6 +45,7 @@ class TNTLauncher(Launcher):
         if self.sweep is None:
             self.sweep = sweep.current = self._open()
         composed = [self._compose(list(overrides), number) for number, overrides in enumerate(job_overrides, start=initial_job_idx)]
+        self.sweep.machine.serve(gpu=any(OmegaConf.select(config, "trainer.accelerator") in sweep.ON_GPU for config in composed))
         asked = [self._job(list(overrides), config) for overrides, config in zip(job_overrides, composed, strict=True)]
         self.sweep.check(asked)
         cli.begun.append(True)
@@ -93,7 +94,7 @@ class TNTLauncher(Launcher):
         fork = can_fork() if self.knobs["fork"] is None else self.knobs["fork"]
         if fork and not can_fork():
             raise UserError("hydra.launcher.fork=true: not on this system, whose libraries have threads of their own; leave it out")
-        return Machine(gpus=gpus, at_once=self.knobs["jobs"] or len(gpus or ()) or 1), Here(fork=fork)
+        return Machine(gpus=gpus, at_once=self.knobs["jobs"]), Here(fork=fork)
 
     def _compose(self, overrides: list[str], number: int) -> DictConfig:
         composed: DictConfig = self.loader.load_sweep_config(self.config, overrides)
