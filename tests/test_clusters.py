@@ -316,8 +316,9 @@ def test_a_ray_without_gpus_says_so_and_refuses_what_it_never_has(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_rays_jobs_end_with_the_sweep_after_a_checkpoint(tmp_path):
+def test_rays_jobs_end_with_the_sweep_after_a_checkpoint(tmp_path, monkeypatch):
     pytest.importorskip("ray")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a number of one's own wins
     ray = ("hydra/launcher=ray", "hydra.launcher.cpus=6", "hydra.launcher.cpus_per_device=3", "trainer.devices=2")
     sweep = Sweep(tmp_path, "seed=0", *LONG, *ray)
     sweep.trained("0")
