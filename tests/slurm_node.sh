@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # A SLURM cluster of one machine, for the tests: `slurm_node.sh` as root on Debian or Ubuntu, in seconds; `slurm_node.sh stop` ends it.
 #
-# It installs slurm-wlm and munge where they are missing, and runs the daemons without systemd: one for each of two nodes, tnt1 and tnt2,
-# which are this machine, with 2 cores and 2 made-up GPUs each. Of its partitions `urgent` preempts `main`; jobs that are preempted are
-# requeued; no accounting, as on many small clusters. It refuses to touch a SLURM that it has not set up.
+# It installs slurm-wlm and munge where they are missing, and runs the daemons without systemd: one for each of three nodes, which are this
+# machine with 2 cores: tnt1 and tnt2 with 2 made-up GPUs each, tnt3 without. Of their partitions `urgent` preempts `main`, and tnt3 is
+# `cpu`; jobs that are preempted are requeued; no accounting, as on many small clusters. It refuses to touch a SLURM that it has not set up.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 
 etc=/etc/slurm
 mark="# by tests/slurm_node.sh"
 state=/var/lib/slurm-node
+nodes="tnt1 tnt2 tnt3"
 
 stop() { # $1: a daemon's program, $2: its pid file
     local pid
@@ -26,27 +27,31 @@ if [ -e "$etc/slurm.conf" ] && ! head -1 "$etc/slurm.conf" | grep -qxF "$mark"; 
     exit 3
 fi
 if [ "${1:-}" = stop ]; then
-    stop slurmd slurmd-tnt1
-    stop slurmd slurmd-tnt2
+    for node in $nodes; do stop slurmd "slurmd-$node"; done
     stop slurmctld slurmctld
     stop munged munged
     exit 0
 fi
 up() {
-    [ "$(sinfo --noheader --Node --partition=main --responding --states="$1" --format=%N 2>/dev/null | sort -u | wc -l)" = 2 ]
+    [ "$(sinfo --noheader --Node --responding --states="$1" --format=%N 2>/dev/null | sort -u | wc -l)" = 3 ]
 }
 ! up idle,alloc,mix,comp || exit 0
-if ! command -v slurmctld slurmd munged >/dev/null; then
+missing() { # of programs: `command -v` of several is content with one
+    local program
+    for program in "$@"; do command -v "$program" >/dev/null || return 0; done
+    return 1
+}
+if missing slurmctld slurmd munged srun; then
     # Their own start-up scripts would start them as a cluster that they are not.
-    [ -e /usr/sbin/policy-rc.d ] || { printf '#!/bin/sh\nexit 101\n' >/usr/sbin/policy-rc.d && chmod +x /usr/sbin/policy-rc.d && ours=1; }
-    apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null 2>&1 ||
-        { apt-get update -qq >/dev/null 2>&1 && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; }
-    [ -z "${ours:-}" ] || rm /usr/sbin/policy-rc.d
+    policy=/usr/sbin/policy-rc.d
+    [ -e $policy ] || { trap 'rm -f $policy' EXIT; printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy; }
+    install="apt-get install -y -qq --no-install-recommends slurm-wlm munge"
+    $install >/dev/null 2>&1 || { apt-get update -qq >/dev/null 2>&1 || true; $install >/dev/null; }
 fi
 
 host=$(hostname -s)
 memory=$(awk '/^MemTotal:/ {print int($2 / 2048)}' /proc/meminfo)
-grep -q "tnt1 tnt2" /etc/hosts || echo "127.0.0.1 tnt1 tnt2 $mark" >>/etc/hosts
+grep -q "$nodes" /etc/hosts || echo "127.0.0.1 $nodes $mark" >>/etc/hosts
 mkdir -p "$etc" "$state" "$state/spool" "$state/ctld" /run/munge /var/log/munge /var/lib/munge
 [ -e /etc/munge/munge.key ] || { mkdir -p /etc/munge && head -c 1024 /dev/urandom >/etc/munge/munge.key; }
 chown -R munge: /etc/munge /run/munge /var/log/munge /var/lib/munge
@@ -90,18 +95,17 @@ PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,batch_sched_delay=0,bf_interval=2
 NodeName=tnt1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=2 RealMemory=$memory Gres=gpu:2 State=UNKNOWN
 NodeName=tnt2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=2 RealMemory=$memory Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
+NodeName=tnt3 NodeHostname=$host NodeAddr=127.0.0.1 Port=17003 CPUs=2 RealMemory=$memory State=UNKNOWN
+PartitionName=main Nodes=tnt[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=cpu Nodes=tnt3 MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=tnt[1-2] MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 CONF
 
-stop slurmd slurmd-tnt1
-stop slurmd slurmd-tnt2
+for node in $nodes; do stop slurmd "slurmd-$node"; done
 stop slurmctld slurmctld
 pgrep -x munged >/dev/null || { runuser -u munge -- /usr/sbin/munged && cp /run/munge/munged.pid "$state/munged.pid"; }
-mkdir -p "$state/spool/tnt1" "$state/spool/tnt2"
 slurmctld -c # without the jobs of another time
-slurmd -N tnt1
-slurmd -N tnt2
+for node in $nodes; do mkdir -p "$state/spool/$node" && slurmd -N "$node"; done
 for _ in $(seq 100); do
     ! up idle || exit 0
     sleep 0.1

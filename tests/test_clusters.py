@@ -13,11 +13,15 @@ import pytest
 from filelock import FileLock
 
 from tnt_lightning import runs
+from tnt_lightning.clusters import Ray, Slurm
+from tnt_lightning.errors import UserError
+from tnt_lightning.sweep import Job
 
 from .conftest import command
 from .test_sweeps import LONG, SHORT, Sweep, gone
 
 SLURM = ("hydra/launcher=slurm", "trainer.devices=2")
+KNOBS: dict = dict(partition=None, minutes=None, warning_s=120, cpus_per_task=None, mem_gb=None, setup=[], sbatch={})
 ONE = (*SHORT, "trainer.devices=2", "trainer.enable_progress_bar=false")
 
 
@@ -29,6 +33,16 @@ def cluster(tmp_path_factory):
         if done.returncode:
             pytest.skip(f"no SLURM here: {done.stderr.strip()}")
         yield
+
+
+def environment(process: int) -> dict[str, str]:
+    """What a process was started with."""
+    return dict(line.split("=", 1) for line in Path(f"/proc/{process}/environ").read_text().split("\0") if "=" in line)
+
+
+def children(process: int) -> list[int]:
+    stats = [file.read_text() for file in Path("/proc").glob("[0-9]*/stat")]
+    return [int(stat.split()[0]) for stat in stats if stat.rpartition(")")[2].split()[1] == str(process)]
 
 
 def processes(sweep: Sweep, name: str) -> dict[int, int]:
@@ -74,18 +88,44 @@ def test_what_does_not_fit_is_said_before_any_job(tmp_path, overrides, line):
 
 
 def test_a_machine_without_slurm_or_an_extra_that_is_not_installed(tmp_path, monkeypatch):
-    from tnt_lightning.clusters import Ray, Slurm
-    from tnt_lightning.errors import UserError
-
-    knobs = dict(partition=None, minutes=None, warning_s=120, cpus_per_task=None, mem_gb=None, setup=[], sbatch={})
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="no sbatch here"):
-        Slurm(**knobs)
+        Slurm(**KNOBS)
     monkeypatch.setattr("tnt_lightning.clusters.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"submitit is not installed; pip install '.\[slurm\]'"):
-        Slurm(**knobs)
+        Slurm(**KNOBS)
     with pytest.raises(UserError, match=r"ray is not installed; pip install '.\[ray\]'"):
         Ray(address=None, gpus=None, cpus=None, cpus_per_device=1)
+
+
+@pytest.mark.parametrize(
+    "told", ["", "{", "[]", "7", '{"job": 7}', '{"argv": []}', '{"job": 7, "argv": []}', '{"job": "--user=you", "argv": []}', "[" * 100_000]
+)
+def test_of_a_damaged_file_no_job_is_known(tmp_path, monkeypatch, told):
+    for name in ("sbatch", "srun", "squeue", "scancel", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho asked >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "job.json").write_text(told)
+    job = Job(number=0, swept=(), argv=[], run=tmp_path, config={})
+    assert not Slurm(**KNOBS).at_it(job) and job.where == ""
+
+
+@pytest.mark.cluster
+def test_what_is_missing_is_installed_and_nothing_stays_behind_where_that_fails(tmp_path):
+    """Of SLURM's programs one alone is there; apt-get fails."""
+    for name, lines in {"slurmctld": "exit 0", "sinfo": "exit 1", "apt-get": f'echo "$@" >>{tmp_path}/asked; exit 100'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    policy = Path("/usr/sbin/policy-rc.d")
+    before = policy.exists()
+    script = Path(__file__).parent / "slurm_node.sh"
+    done = subprocess.run(["bash", script], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True)
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 100 and "install -y -qq --no-install-recommends slurm-wlm munge" in (tmp_path / "asked").read_text()
+    assert policy.exists() == before
 
 
 @pytest.mark.parametrize("rank, lines", [("0", 1), ("1", 0)])
@@ -159,6 +199,40 @@ def test_in_slurm_a_preempted_job_goes_on_as_the_same_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.cluster
 @pytest.mark.usefixtures("cluster")
+def test_slurm_gives_each_job_gpus_of_its_own(tmp_path):
+    """Two on each of two nodes, of which only the names are there; what a job has is what its tasks were started with."""
+    plan = [*(one for one in LONG if "accelerator" not in one), "trainer.accelerator=auto", "hydra/launcher=slurm"]
+    sweep = Sweep(tmp_path, "seed=0,1", "trainer.devices=1", *plan, "+hydra.launcher.sbatch.nodelist=tnt1")
+    (tmp_path / "other").mkdir()
+    both = Sweep(tmp_path / "other", "seed=2", "trainer.devices=2", *plan, "+hydra.launcher.sbatch.nodelist=tnt2")
+    names = ((sweep, "seed=0"), (sweep, "seed=1"), (both, "0"))
+    for one, name in names:
+        one.trained(name)
+        assert f"#SBATCH --gpus-per-node={1 + (one is both)}\n" in next((one.folder / name / "slurm").glob("*.sh")).read_text()
+    seen = [[environment(process) for process in processes(one, name).values()] for one, name in names]
+    assert [[task["SLURMD_NODENAME"] for task in job] for job in seen] == [["tnt1"], ["tnt1"], ["tnt2", "tnt2"]]
+    gpus = [[task["CUDA_VISIBLE_DEVICES"] for task in job] for job in seen]
+    assert sorted(gpus[:2]) == [["0"], ["1"]] and gpus[2] == ["0,1", "0,1"]
+    for one in (sweep, both):
+        one.process.send_signal(signal.SIGTERM)
+    for one in (sweep, both):
+        one.ended(143)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
+def test_a_partition_without_gpus_refuses_a_job_in_one_line(tmp_path):
+    plan = [*(one for one in SHORT if "accelerator" not in one), "hydra/launcher=slurm", "hydra.launcher.partition=cpu"]
+    told = Sweep(tmp_path, "seed=0,1", *plan, "trainer.accelerator=auto").ended(2)
+    assert re.fullmatch(
+        r"error: seed=0: not taken by SLURM: .*not available; it asks for 1 GPU\(s\) a node, trainer.accelerator=cpu for none\n", told
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.usefixtures("cluster")
 def test_slurms_jobs_outlive_the_sweep_which_finds_them_again(tmp_path):
     sweep = Sweep(tmp_path, "seed=0", *LONG, *SLURM)
     sweep.trained("0")
@@ -211,19 +285,56 @@ def test_ray_gives_each_job_gpus_of_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_rays_jobs_end_with_the_sweep_after_a_checkpoint(tmp_path):
+def test_a_ray_without_gpus_says_so_and_refuses_what_it_never_has(tmp_path):
+    """By its address, as a cluster is."""
     pytest.importorskip("ray")
-    ray = ("hydra/launcher=ray", "hydra.launcher.cpus=2")
+    start = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port=0", "--disable-usage-stats"]
+    env = {"RAY_AUTH_MODE": "disabled"}  # otherwise as ~/.ray has a token or not
+    options = ["--num-cpus=2", "--num-gpus=0", "--include-dashboard=false"]
+    head = subprocess.Popen(
+        [*start, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **env}, start_new_session=True
+    )
+    try:
+        address = next(match[1] for line in head.stdout if (match := re.search(r"ray start --address='(\S+)'", line)))
+        ray = ("hydra/launcher=ray", f"hydra.launcher.address={address}", *(one for one in SHORT if "accelerator" not in one))
+        told = Sweep(tmp_path, "seed=0,1", *ray, "trainer.accelerator=auto", **env).ended(0)
+        note = f"note   no machine of Ray's at {address} has a GPU now: jobs train without; trainer.accelerator=gpu refuses that\n"
+        assert told.startswith(note) and told.count("note") == 1
+        sweep = Sweep(tmp_path, "seed=2", *ray, "trainer.accelerator=cpu,gpu", **env)
+        assert sweep.ended(2).endswith(
+            "error: trainer.accelerator=gpu: trainer.accelerator=gpu, and no machine of Ray's has a GPU; cpu trains without\n"
+        )
+        assert set(sweep.states().values()) == {"stopped"}
+        claims = "trainer.devices=3 with hydra.launcher.cpus_per_device=1 each, and no machine of Ray's has more than 2 cores"
+        assert f"error: seed=0: {claims}; lower one of the two" in Sweep(tmp_path, "seed=0,1", "trainer.devices=3", *ray, **env).ended(2)
+    finally:
+        below = children(head.pid)
+        os.killpg(head.pid, signal.SIGKILL)  # a SIGTERM it thinks over for half a minute
+        head.wait()
+    assert all(gone(process) for process in below)
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_rays_jobs_end_with_the_sweep_after_a_checkpoint(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # a number of one's own wins
+    ray = ("hydra/launcher=ray", "hydra.launcher.cpus=6", "hydra.launcher.cpus_per_device=3", "trainer.devices=2")
     sweep = Sweep(tmp_path, "seed=0", *LONG, *ray)
     sweep.trained("0")
+    first = sweep.started("0")
+    other = next(process for process in children(first) if environment(process).get("LOCAL_RANK") == "1")
+    assert [environment(process)["OMP_NUM_THREADS"] for process in (first, other)] == ["3", "3"]
     sweep.process.send_signal(signal.SIGTERM)
     sweep.ended(143)
     assert said(sweep, "0").count("stopped by SIGTERM at") == 1 and sweep.states() == {"0": "stopped"}
     again = Sweep(tmp_path, "seed=0", *LONG, *ray)
     process = again.started("0", times=2)
-    again.until(lambda: "goes on from" in said(sweep, "0"))
+    last = sweep.folder / "0" / "checkpoints" / "last.ckpt"
+    before = last.stat().st_mtime_ns
+    again.until(lambda: last.exists() and last.stat().st_mtime_ns != before)
     again.process.kill()
-    assert gone(process) and said(sweep, "0").count("stopped by SIGTERM at") == 2
+    assert gone(process) and "goes on from" in said(sweep, "0") and said(sweep, "0").count("stopped by SIGTERM at") == 2
 
 
 @pytest.mark.slow

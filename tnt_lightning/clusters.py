@@ -1,5 +1,6 @@
 """Other engines for the jobs of a sweep: SLURM by submitit, Ray. Each is given jobs that are planned, and brings them to their end."""
 
+import io
 import json
 import logging
 import os
@@ -11,14 +12,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from tnt_lightning import runs, signals, zygote
 from tnt_lightning.errors import UserError
-from tnt_lightning.sweep import ENDING_S, LOG, Job, Processes, wait_for
+from tnt_lightning.sweep import ENDING_S, LOG, Job, Processes, say, wait_for
 
 SLURM = "slurm"  # in a run's directory: the batch script, submitit's files, and job.json, which says what job of SLURM's it is
 POLL_S = 3.0
@@ -68,17 +69,19 @@ class Slurm:
     def at_it(self, job: Job) -> bool:
         try:
             told = json.loads((job.run / SLURM / "job.json").read_text())
-        except (OSError, ValueError):
+            number, argv = told["job"], told["argv"]
+        except (OSError, ValueError, RecursionError, LookupError, TypeError):  # not there, or damaged
             return False
-        found = self._states(f"--jobs={told['job']}").get(told["job"])
+        if not (isinstance(number, str) and number.isdecimal()):
+            return False
+        found = self._states(f"--jobs={number}").get(number)
         if found is None or found[0] in _ENDED:
             return False
-        if told["argv"] != _of_the_run(job.argv):
+        if argv != _of_the_run(job.argv):
             raise UserError(
-                f"{job.name}: SLURM's job {told['job']} trains in {job.run} by another configuration; wait for its end, or: "
-                f"scancel {told['job']}"
+                f"{job.name}: SLURM's job {number} trains in {job.run} by another configuration; wait for its end, or: scancel {number}"
             )
-        job.where = told["job"]
+        job.where = number
         return True
 
     def starter(self, *, threads: int | None) -> "Slurm":
@@ -129,10 +132,11 @@ class Slurm:
         )
         executor.update_parameters(**given)
         try:
-            with _environment(env):
+            with _environment(env), redirect_stderr(io.StringIO()):  # what sbatch says is in submitit's error, too
                 number = str(executor.submit(_train, job.argv).job_id)
         except submitit.core.utils.FailedJobError as error:
-            raise UserError(f"{job.name}: not taken by SLURM: {' '.join(str(error).split())}") from None
+            asks = f"; it asks for {job.devices} GPU(s) a node, trainer.accelerator=cpu for none" if job.gpu else ""
+            raise UserError(f"{job.name}: not taken by SLURM: {' '.join(str(error).split())}{asks}") from None
         runs.write(folder / "job.json", json.dumps({"job": number, "argv": _of_the_run(job.argv)}) + "\n")
         return number
 
@@ -257,12 +261,15 @@ class Ray:
             raise UserError(f"hydra.launcher.gpus, cpus: of a Ray on this machine, and {address} is a cluster with its own; leave them out")
         try:
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
-        except (ConnectionError, ValueError) as error:
-            raise UserError(f"hydra.launcher.address={address}: {' '.join(str(error).split())}") from None
-        self.ray, self.cpus_per_device = ray, cpus_per_device
-        self.most = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+        except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+            said = " ".join(str(error).split())
+            raise UserError(
+                f"hydra.launcher.address={address}: {said}; RAY_AUTH_MODE=token where its `ray start` says that tokens are on"
+            ) from None
+        self.ray, self.cpus_per_device, self.cluster = ray, cpus_per_device, address
+        self.machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.jobs: dict[Any, tuple[Job, float]] = {}  # by what Ray gives for one; and when it was handed over
-        self.stopped = False
+        self.stopped = self.told = False
 
     # ---- an engine
 
@@ -281,12 +288,33 @@ class Ray:
     # ---- a starter
 
     def start(self, job: Job, *, env: dict[str, str]) -> None:
-        gpus = job.devices if job.gpu and self.most else 0
-        if gpus > self.most:
-            raise UserError(f"{job.name}: trainer.devices={gpus}, and no machine of Ray's has more than {self.most:g} GPUs; lower it")
-        task = self.ray.remote(num_gpus=gpus, num_cpus=job.devices * self.cpus_per_device, max_calls=1, max_retries=0)(_bring_to_its_end)
+        gpus, cpus = self._claims(job)
+        env.setdefault("OMP_NUM_THREADS", str(max(1, int(self.cpus_per_device))))
+        task = self.ray.remote(num_gpus=gpus, num_cpus=cpus, max_calls=1, max_retries=0)(_bring_to_its_end)
         job.state = "queued"
         self.jobs[task.options(name=job.name).remote(job, env, os.getcwd())] = (job, time.time())
+
+    def _claims(self, job: Job) -> tuple[int, float]:
+        """GPUs and cores of a job. UserError where no machine has them: Ray would wait for one that has."""
+        most = {kind: max((machine.get(kind, 0) for machine in self.machines), default=0) for kind in ("GPU", "CPU")}
+        gpus, cpus = job.devices if job.gpu else 0, job.devices * self.cpus_per_device
+        accelerator, devices = job.config["trainer"]["accelerator"], f"trainer.devices={job.devices}"
+        if gpus and not most["GPU"]:
+            if accelerator != "auto":
+                raise UserError(f"{job.name}: trainer.accelerator={accelerator}, and no machine of Ray's has a GPU; cpu trains without")
+            gpus = 0
+            if self.cluster and not self.told:
+                self.told = True
+                say(f"note   no machine of Ray's at {self.cluster} has a GPU now: jobs train without; trainer.accelerator=gpu refuses that")
+        if gpus > most["GPU"]:
+            raise UserError(f"{job.name}: {devices}, and no machine of Ray's has more than {most['GPU']:g} GPUs; lower it")
+        if not any(machine.get("GPU", 0) >= gpus and machine.get("CPU", 0) >= cpus for machine in self.machines):
+            several = f"{gpus} GPUs and {cpus:g} cores" if gpus and cpus <= most["CPU"] else f"more than {most['CPU']:g} cores"
+            raise UserError(
+                f"{job.name}: {devices} with hydra.launcher.cpus_per_device={self.cpus_per_device:g} each, and no machine of Ray's has "
+                f"{several}; lower one of the two"
+            )
+        return gpus, cpus
 
     def signal(self, number: int) -> None:
         self.stopped = True
@@ -317,6 +345,7 @@ def _bring_to_its_end(job: Job, env: dict[str, str], folder: str) -> int:
     env = {name: value for name, value in env.items() if name != "CUDA_VISIBLE_DEVICES"}
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         env["CUDA_VISIBLE_DEVICES"] = os.environ["CUDA_VISIBLE_DEVICES"]
+    os.environ["OMP_NUM_THREADS"] = env["OMP_NUM_THREADS"]  # of each process; Ray has set that of the whole job
     with Processes(fork=zygote.can_fork(), threads=None) as processes:
         processes.start(job, env=env)
         while (ended := processes.ended(within=0.5)) is None:

@@ -198,7 +198,7 @@ class Sweep:
                         self._run(todo)
             finally:
                 for job in self.jobs:
-                    if job.state in ("waiting", "running"):
+                    if job.state in ("waiting", *AWAY):
                         job.state = "stopped"
                 self._record()
         if self._came is not None and any(job.state == "stopped" for job in self.jobs):
