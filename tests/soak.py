@@ -6,6 +6,7 @@ row of metrics.csv, the figures of result.json, and every image that training as
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -160,7 +161,7 @@ def unequal(a: Any, b: Any, where: str = "") -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cycles", type=int, help="kills in all")
+    parser.add_argument("cycles", type=int, help="kills in all, at least one of each plan")
     parser.add_argument("--folder", type=Path, required=True, help="an empty folder for the runs")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
@@ -175,20 +176,24 @@ def main() -> None:
 
 
 def soak(cycles: int, folder: Path, draw: random.Random) -> int:
-    """So many kills, spread over the plans; gives how many runs ended otherwise than the run that nobody killed."""
+    """So many kills, spread over the plans, and of each plan one; gives how many runs ended otherwise than the run that nobody killed."""
     whole: dict[str, Path] = {}
+    killed: set[str] = set()
     kills = failed = 0
-    while kills < cycles:
-        plan = list(PLANS)[len(whole) if len(whole) < len(PLANS) else draw.randrange(len(PLANS))]
+    for count in itertools.count():
+        if kills >= cycles and killed == PLANS.keys():
+            break
+        plan = next((plan for plan in PLANS if plan not in killed), None) or draw.choice(list(PLANS))
         arguments = [*SHORT, *PLANS[plan]]
         if plan not in whole:
             whole[plan] = folder / f"whole{len(whole)}"
             code = ended(begin(whole[plan], arguments))
             assert code == 0, whole[plan].with_suffix(".out").read_text()
-        every = draw.choice([None, 1, 2, 3, 5])
-        run = folder / f"run{kills}"
+        # What loaders' workers have read ahead is lost in the middle of an epoch.
+        every = draw.choice([2, 3, 5] if plan == "workers" and plan not in killed else [None, 1, 2, 3, 5])
+        run = folder / f"run{count}"
         cuts = []
-        for _ in range(draw.randint(1, 4)):
+        for _ in range(draw.randint(1, 4 if cycles > 5 * len(PLANS) else 2)):
             number = begin(run, [*arguments, f"checkpoint.every_n_steps={'null' if every is None else every}"])
             kill_after(number, run, draw.randint(0, 12), draw.random() * draw.choice([0.0, 0.02, 0.3]))
             code = ended(number)
@@ -196,6 +201,7 @@ def soak(cycles: int, folder: Path, draw: random.Random) -> int:
                 break
             assert code == -signal.SIGKILL, run.with_suffix(".out").read_text()
             kills += 1
+            killed.add(plan)
             cuts.append(len(lines(run.with_suffix(".steps"))))
         code = ended(begin(run, [*arguments, f"checkpoint.every_n_steps={'null' if every is None else every}"]))
         differ = differences(whole[plan], run) if code == 0 else [run.with_suffix(".out").read_text()]

@@ -1,12 +1,14 @@
 """Files of somebody else's: pickles that would run code, addresses, configurations that name code. Refused by name, nothing executed."""
 
 import argparse
+import contextlib
 import io
 import json
 import os
 import pickle
 import re
 import shutil
+import sys
 import tarfile
 import threading
 from collections import OrderedDict
@@ -18,7 +20,7 @@ import pytest
 import torch
 import yaml
 
-from tnt_lightning import create_model, dashboard, load_run, load_weights, runs
+from tnt_lightning import create_model, dashboard, load_run, load_weights, report, runs
 from tnt_lightning.data import CIFAR10
 from tnt_lightning.data.shards import Chunk, Remote, open_shards
 from tnt_lightning.errors import UserError
@@ -322,6 +324,21 @@ def test_a_result_and_a_dashboards_file_are_plain_data(ended, theirs, content):
     code, [line], _ = ended("evaluate", f"run={run}")
     assert code == 2 and f"{run / 'result.json'} is damaged" in line
     assert dashboard._read(run) == {}
+
+
+@pytest.mark.parametrize("content", [pickle.dumps(Bomb(), 0), pickle.dumps(Bomb()), b'!!python/object/apply:os.system ["touch exploded"]'])
+@pytest.mark.parametrize("name", ["sweep.json", "runs/seed=0/result.json", "runs/seed=0/config.yaml"])
+def test_a_report_is_of_plain_data(monkeypatch, capsys, tmp_path, finished, name, content):
+    sweep = tmp_path / "sweep"
+    shutil.copytree(finished, sweep / "runs" / "seed=0")
+    job = {"run": "runs/seed=0", "swept": ["seed=0"], "state": "finished"}
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": [job]}))
+    (sweep / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["report", str(sweep)])
+    with contextlib.suppress(SystemExit):
+        report.main()
+    said = "".join(capsys.readouterr())
+    assert Path(name).name in said and "Traceback" not in said
 
 
 def test_a_dashboards_file_without_end_is_none(tmp_path):

@@ -123,6 +123,15 @@ def test_with_a_lag_training_stops_with_weights_that_were_not_touched(tmp_path):
     assert all(torch.equal(tensor, before[22][name]) for name, tensor in module.state_dict().items())
 
 
+def test_with_a_lag_a_step_that_another_optimizer_took_is_in_no_checkpoint(tmp_path):
+    """One that is not fused takes it, and up to two more; what is said is where it began."""
+    with pytest.raises(UserError, match="the loss is nan at step 23"):
+        fit(classifier(), Poison(23), EMA(decay=0.9), Finite(tmp_path, lag=2), Checkpoints(tmp_path, every_n_steps=2))
+    checkpoint = read(tmp_path / "last.ckpt")
+    assert checkpoint["position"]["step"] == 22
+    assert all(tensor.isfinite().all() for key in ("state_dict", "current_model_state") for tensor in checkpoint[key].values())
+
+
 def test_float16_whose_gradients_never_become_finite_stops(tmp_path):
     """Its scaler leaves steps out on its way to a fitting scale, which takes it sixteen at most."""
 

@@ -1,14 +1,15 @@
 """Several processes of one run: the first error is the one that is read, and none outlives another."""
 
 import atexit
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import lightning as L
@@ -24,78 +25,22 @@ from tnt_lightning.evaluate import evaluate_run
 
 from . import layouts
 from .conftest import QUICK, resolved, train
+from .processes import SOON_S, START_S, TWO, Started
 
-SOON = 30  # seconds from a failure to the end of every process
-TWO = ("trainer.accelerator=cpu", "trainer.devices=2")
-MARK = "TNT_LIGHTNING_TEST"
+SHORT = ("recipe.epochs=1", "recipe.warmup_epochs=0", "+trainer.limit_train_batches=2", "logger=csv", "trainer.enable_progress_bar=false",
+         "hydra.run.dir=run")  # fmt: skip
 TINY = ("model=tnt_digits", "recipe=digits", "image_size=8", "data.batch_size=4")
-
-
-class Started:
-    """A command of two ranks; all that it starts carries its mark in the environment."""
-
-    def __init__(self, folder: Path, name: str, *overrides: str):
-        self.mark, self.folder = uuid.uuid4().hex, folder
-        drop = ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS", "LOCAL_RANK")
-        env = {key: value for key, value in os.environ.items() if key not in drop} | {MARK: self.mark}
-        with (folder / "out.txt").open("w") as out, (folder / "err.txt").open("w") as err:
-            line = [sys.executable, "-m", f"tnt_lightning.{name}", *TWO, *overrides]
-            self.process = subprocess.Popen(line, cwd=folder, env=env, stdout=out, stderr=err)
-
-    def all(self) -> dict[int, int]:
-        """The parent of each process that lives."""
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if f"{MARK}={self.mark}".encode() in (place / "environ").read_bytes().split(b"\0"):
-                    found[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:  # gone meanwhile
-                pass
-        return found
-
-    def rank(self, number: int) -> int:
-        if number == 0:
-            return self.process.pid
-        mark = f"LOCAL_RANK={number}".encode()
-        below = [pid for pid, parent in self.all().items() if parent == self.rank(0)]
-        return next(pid for pid in below if mark in Path(f"/proc/{pid}/environ").read_bytes())
-
-    def worker(self, rank: int) -> int:
-        """A process that loads training images for a rank."""
-        above = self.rank(rank)
-        return min(pid for pid, parent in self.all().items() if parent == above and pid != self.rank(1))
-
-    def trains(self) -> "Started":
-        began = time.monotonic()
-        while not list(self.folder.glob("run/checkpoints/*.ckpt")):
-            assert self.process.poll() is None and time.monotonic() - began < 120, self.errors()
-            time.sleep(0.1)
-        return self
-
-    def errors(self) -> str:
-        return (self.folder / "err.txt").read_text()
-
-    def ends(self, within: float) -> int:
-        """The exit code, when no process is left."""
-        until = time.monotonic() + within
-        code = self.process.wait(within)
-        while self.all():
-            assert time.monotonic() < until, f"left: {self.all()}"
-            time.sleep(0.1)
-        return code
-
-    def kill(self) -> None:
-        for pid in self.all():
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
 
 
 @pytest.fixture
 def start(tmp_path):
     started = []
 
-    def start(name: str, *overrides: str) -> Started:
-        started.append(Started(tmp_path, name, *overrides))
+    def start(name: str, *overrides: str, **env: str) -> Started:
+        """A command of ours, or a script that lies here."""
+        line = [name] if name.endswith(".py") else ["-m", f"tnt_lightning.{name}"]
+        err = tmp_path / f"err{len(started)}.txt"
+        started.append(Started([*line, *TWO, *overrides], cwd=tmp_path, out=err.with_stem(f"out{len(started)}"), err=err, **env))
         return started[-1]
 
     yield start
@@ -105,7 +50,15 @@ def start(tmp_path):
 
 def trained(start, *overrides: str) -> Started:
     endless = ("recipe.epochs=1000", "trainer.enable_progress_bar=false", "logger=none", "hydra.run.dir=run")
-    return start("train", *endless, *overrides).trains()
+    return trains(start("train", *endless, *overrides))
+
+
+def trains(run: Started) -> Started:
+    return run.until(lambda: list(run.out.parent.glob("run/checkpoints/*.ckpt")))
+
+
+def errors(run: Started) -> list[str]:
+    return run.err.read_text().splitlines()
 
 
 # ---- a rank is killed
@@ -118,8 +71,8 @@ def test_of_a_killed_rank_the_first_one_tells_and_all_end(start):
     os.kill(run.worker(0), signal.SIGSTOP)  # rank 0 waits for an image now, in no collective that would fail
     time.sleep(1)
     os.kill(rank, signal.SIGKILL)
-    assert run.ends(SOON) == 128 + signal.SIGKILL
-    [line] = run.errors().splitlines()
+    assert run.ends() == 128 + signal.SIGKILL
+    [line] = errors(run)
     assert line.startswith(f"error: rank 1 (process {rank}) was killed by SIGKILL; ") and "lower data.num_workers or data" in line
 
 
@@ -127,9 +80,9 @@ def test_of_a_killed_rank_the_first_one_tells_and_all_end(start):
 def test_the_others_do_not_outlive_rank_0(start):
     run = trained(start, "data.num_workers=1")
     os.kill(run.rank(0), signal.SIGKILL)
-    assert run.ends(SOON) == -signal.SIGKILL
-    [line] = run.errors().splitlines()
-    assert line.startswith(f"error: rank 0 (process {run.process.pid}) was killed; ") and "lower data.num_workers or data" in line
+    assert run.ends() == -signal.SIGKILL
+    [line] = errors(run)
+    assert line.startswith(f"error: rank 0 (process {run.pid}) was killed; ") and "lower data.num_workers or data" in line
 
 
 # ---- a rank stands still
@@ -141,28 +94,89 @@ def test_a_rank_that_stands_still_ends_the_run_at_the_time_out(start, rank):
     run = trained(start, "data.num_workers=1", "faults.timeout_s=5")
     for stopped in [run.rank(0)] if rank == 0 else [run.worker(1), run.rank(1)]:
         os.kill(stopped, signal.SIGSTOP)
-    assert run.ends(5 + SOON) == (1 if rank else -signal.SIGKILL)
-    [line] = run.errors().splitlines()
+    assert run.ends(5 + SOON_S) == (1 if rank else -signal.SIGKILL)
+    [line] = errors(run)
     assert line.startswith("error: a rank did not answer within faults.timeout_s=5 seconds; ")
 
 
 # ---- ranks of unlike speed
 
 
-def test_the_ranks_wait_for_the_best_checkpoint_of_the_first(tmp_path):
+def test_the_ranks_wait_for_the_best_checkpoint_of_the_first(start, tmp_path):
     (tmp_path / "slow.py").write_text(
         "import time\nfrom tnt_lightning import runs, train\ncopy = runs.copy\n"
         "def slow(*files):\n    time.sleep(3)\n    copy(*files)\n"
         "runs.copy = slow\ntrain.main()\n"
     )
-    drop = ("HYDRA_FULL_ERROR", "TNT_LIGHTNING_SHORT_ERRORS", "LOCAL_RANK")
-    env = {key: value for key, value in os.environ.items() if key not in drop}
-    short = ("recipe.epochs=1", "recipe.warmup_epochs=0", "+trainer.limit_train_batches=2", "logger=csv", "hydra.run.dir=run")
-    done = subprocess.run([sys.executable, "slow.py", *TWO, *short], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and runs.result_of(tmp_path / "run")["checkpoint"] == "best", done.stderr
+    run = start("slow.py", *SHORT)
+    assert run.ends(START_S) == 0 and runs.result_of(tmp_path / "run")["checkpoint"] == "best", run.said
+
+
+@pytest.mark.slow
+def test_the_first_rank_ends_last(start, tmp_path):
+    """Another one that is slower to come to its end than the first is not told that the first was killed, nor left behind."""
+    (tmp_path / "slow.py").write_text(
+        "import os, time\nfrom tnt_lightning import runs, train\norigin = runs.origin\n"
+        "def slow():\n    time.sleep(5 * (os.environ.get('LOCAL_RANK') == '1'))\n    return origin()\n"
+        "runs.origin = slow\ntrain.main()\nprint('end of', os.environ.get('LOCAL_RANK'), flush=True)\n"
+    )
+    run = start("slow.py", *SHORT).until(lambda: runs.result_of(tmp_path / "run"))
+    run.until(lambda: run.process.poll() is not None, alive=False)
+    assert run.all() == {} and run.process.returncode == 0 and errors(run) == [] and "end of 1" in run.said
 
 
 # ---- a rank raises
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["not a number", "a bug"])
+def test_what_one_rank_meets_ends_all_and_is_said_once(start, tmp_path, what):
+    """Rank 1 meets it, and rank 0 has to hear of it."""
+    (tmp_path / "meets.py").write_text(
+        "import math, os\nfrom tnt_lightning import train\nfrom tnt_lightning.data import ImageDataModule\n"
+        "transfer = ImageDataModule.on_after_batch_transfer\n"
+        "def meets(self, batch, index):\n    images, labels = transfer(self, batch, index)\n"
+        "    if os.environ.get('LOCAL_RANK') == '1' and self.trainer.training and self.trainer.global_step == 3:\n"
+        f"        images = images * {'math.nan' if what == 'not a number' else '[][0]'}\n"
+        "    return images, labels\n"
+        "ImageDataModule.on_after_batch_transfer = meets\ntrain.main()\n"
+    )
+    run = start("meets.py", *(knob.replace("batches=2", "batches=6") for knob in SHORT))
+    run.until(lambda: errors(run), alive=False)
+    if what == "a bug":
+        assert run.ends() == 1, run.said
+        assert [line for line in errors(run) if "Error" in line] == ["IndexError: list index out of range"], run.said
+        assert run.err.read_text().count("Traceback (most recent call last)") == 1
+    else:
+        assert run.ends() == 2, run.said
+        [line] = errors(run)
+        assert line.startswith("error: the loss is nan at step 3 (epoch 0, ")
+        [row] = map(json.loads, (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines())
+        assert row["loss"][1] == "nan" != row["loss"][0] and len(row["images"]) == 32, "those of rank 1 alone"
+
+
+# ---- several machines
+
+
+@pytest.mark.slow
+def test_two_machines_that_are_started_by_hand_make_one_run(start, tmp_path):
+    """With NODE_RANK, as Lightning documents it; the directory is that of the first one."""
+    place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    lines = ("trainer.devices=1", "+trainer.num_nodes=2", *SHORT)
+    ours, theirs = (start("train", *lines, NODE_RANK=str(node), **place) for node in range(2))
+    assert ours.ends(START_S) == 0 and theirs.ends() == 0, ours.said + theirs.said
+    assert runs.result_of(tmp_path / "run")["devices"] == 2 and errors(ours) == errors(theirs) == []
+    left_out = start("train", "trainer.devices=1", "+trainer.num_nodes=2", NODE_RANK="1", **place)
+    assert left_out.ends(START_S) == 2 and errors(left_out)[0].startswith("error: hydra.run.dir: of several tasks ")
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+# ---- a worker of a rank, or what it reads
 
 
 @pytest.mark.slow
@@ -170,8 +184,8 @@ def test_a_worker_of_one_rank_that_is_killed_is_said_once_and_the_others_are_sil
     run = trained(start, "data.num_workers=1")
     worker = run.worker(1)
     os.kill(worker, signal.SIGKILL)
-    assert run.ends(SOON) == 2
-    [line] = run.errors().splitlines()
+    assert run.ends() == 2
+    [line] = errors(run)
     assert line.startswith(f"error: a process that loads images (pid {worker}) was killed, as the system does when memory runs out; ")
 
 
@@ -201,12 +215,9 @@ def broken_in(loader: str, rank: int, *overrides: str) -> Path:
 
 
 def in_one_line(run: Started, file: Path, why: str) -> None:
-    began = time.monotonic()
-    while not run.errors():
-        assert time.monotonic() - began < 120
-        time.sleep(0.1)
-    assert run.ends(SOON) == 2, run.errors()
-    [line] = run.errors().splitlines()
+    run.until(lambda: errors(run), alive=False)
+    assert run.ends() == 2, run.said
+    [line] = errors(run)
     assert re.match(f"error: {re.escape(str(file))}: {why}", line)
 
 
@@ -275,7 +286,59 @@ def test_what_a_rank_does_once_all_are_to_end_is_no_failure(two, capfd):
     assert watch.code is None and capfd.readouterr().err == ""
     with pytest.raises(SystemExit, match="143"), ranks.together(trainer):
         raise SystemExit(143)
-    assert left == [] and watch.out.is_set()
+    assert left == [143] and watch.out.is_set(), "and the process group of ranks that are gone is left to the system"
+
+
+def test_at_the_end_of_all_the_first_rank_waits_for_the_others_and_ends_those_that_hang(two, monkeypatch):
+    make, left = two
+    monkeypatch.setattr(ranks, "ENDING_S", 3)
+    ranks.join(trainer := make(), 7)
+    others = [subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"]) for seconds in (1, 60)]
+    trainer.strategy.launcher.procs = others
+    ranks.ending = True
+    with pytest.raises(SystemExit, match="143"), ranks.together(trainer):
+        raise SystemExit(143)
+    assert [other.poll() for other in others] == [0, -signal.SIGKILL] and left == [143]
+
+
+@pytest.mark.parametrize("code, line", [
+    (3, "rank 1 (process 5) ended with exit code 3; what it said stands above"),
+    (2, None),
+    (143, "error: rank 1 (process 5) was ended by SIGTERM"),
+    (-signal.SIGSEGV, "error: rank 1 (process 5) was killed by SIGSEGV"),
+])  # fmt: skip
+def test_how_another_rank_ended(code, line):
+    """One that was told to end outside of training has said nothing."""
+    assert ranks._ending_of("rank 1 (process 5)", code) == (128 - code if code < 0 else code, line)
+
+
+# ---- the group beside that of the training
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_ranks_that_do_not_reach_each_other_over_gloo_say_what_to_name(monkeypatch):
+    group = ranks.beside(1800)
+    assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 1860, "only to meet is quick"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere")
+    with pytest.raises(UserError, match=r"do not reach each other over gloo, by nowhere \(.*\); .* GLOO_SOCKET_IFNAME=eth0"):
+        ranks.beside(1800)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("given, found", [("lo", "lo"), ("=lo", "lo"), ("l,nowhere", "lo"), ("=l", None), ("^lo", None), ("nowhere", None)])
+def test_gloos_interface_is_that_of_nccl(monkeypatch, given, found):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", given)
+    ranks.beside(1800)
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == found
 
 
 def test_the_failure_of_another_takes_the_place_of_the_lost_connection(two, capfd):

@@ -1,27 +1,41 @@
 """Nothing is lost: a run that was cut off in whatever way goes on to the same bits, and what cannot go on says so."""
 
+import ctypes
+import itertools
 import json
+import math
 import multiprocessing
 import os
+import pty
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tnt_lightning import load_run, runs
+from tnt_lightning import load_run, prepare, runs
 from tnt_lightning.checkpoints import WholeFiles, read
 from tnt_lightning.cli import quoted
+from tnt_lightning.curves import Curves
+from tnt_lightning.data import Digits, ImageDataModule
 from tnt_lightning.errors import UserError
+from tnt_lightning.evaluate import evaluate_run
+from tnt_lightning.signals import Signals
+from tnt_lightning.train import main
 
-from . import soak
+from . import layouts, processes, soak
 from .conftest import command, train
+from .processes import START_S
 from .test_training import same, weights
 
 SHORT = (*soak.SHORT, "checkpoint.every_n_steps=2")
@@ -29,11 +43,11 @@ LONG = (*SHORT, "recipe.epochs=200")
 
 
 class Started:
-    """A real process that trains, forked from one that has imported everything."""
+    """A real process that trains, forked from one that has imported everything; `work` does what soak.work does."""
 
-    def __init__(self, run: Path, *arguments: str):
+    def __init__(self, run: Path, *arguments: str, work: Callable[..., None] = soak.work):
         self.run = run
-        self.process = FORKS.Process(target=soak.work, args=(run, arguments))
+        self.process = FORKS.Process(target=work, args=(run, arguments))
         self.process.start()
 
     def after(self, batches: int, kind: str = ".steps") -> "Started":
@@ -104,6 +118,77 @@ def test_ten_kills_at_random_moments_by_every_plan(tmp_path):
         [sys.executable, "-m", "tests.soak", "10", "--folder", str(tmp_path)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0 and ", 0 runs that ended otherwise" in done.stdout, done.stdout + done.stderr
+    assert all(f"\n{plan}, every_n_steps=" in f"\n{done.stdout}" for plan in soak.PLANS)
+
+
+def _poisoned(run: Path, arguments: Sequence[str]) -> None:
+    transfer = ImageDataModule.on_after_batch_transfer
+
+    def poison(self: ImageDataModule, batch: Any, index: int) -> Any:
+        images, labels = transfer(self, batch, index)
+        if self.trainer and self.trainer.training and self.trainer.global_step in (3, 9, 10, 13, 21):
+            images = images * math.nan
+        return images, labels
+
+    ImageDataModule.on_after_batch_transfer = poison
+    soak.work(run, arguments)
+
+
+def test_steps_that_were_left_out_are_counted_across_a_restart(tmp_path):
+    """Those of all parts, and those in a row."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    skips = (*SHORT, "checkpoint.every_n_steps=5", "faults.nonfinite=skip")
+    assert Started(whole, *skips, work=_poisoned).ended() == 0
+    assert Started(run, *skips, work=_poisoned).after(13).send(signal.SIGKILL).ended() == -signal.SIGKILL  # from step 10 on again
+    assert (again := Started(run, *skips, work=_poisoned)).ended() == 0, again.said
+    assert soak.differences(whole, run) == [] and runs.result_of(run)["skipped_steps"] == 5
+
+
+# ---- what is on the disk when
+
+
+def test_nothing_is_named_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Whatever is renamed has been synced, and its directory is synced after it; and the rows that a checkpoint counts before it."""
+    done: list[tuple[str, Path]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(number):
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{number}"))))
+        fsync(number)
+
+    def renamed(source, target):
+        done.append(("rename", Path(source)))
+        replace(source, target)
+        done.append(("named", Path(target)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    run = tmp_path / "run"
+    train(run, *SHORT)
+    prepare._replace(tmp_path / "shards.json", "{}")
+    names = [path.name for what, path in done if what == "named"]
+    assert {"last.ckpt", "previous.ckpt", "best.ckpt", "config.yaml", "metrics.csv", "result.json", "shards.json"} <= set(names)
+    for place, (what, path) in enumerate(done):
+        if what == "rename" and path.name != ".previous.ckpt.tmp":  # another name of what is there
+            assert ("sync", path) in done[:place], path
+        if what == "named":
+            assert ("sync", path.parent) in done[place:], path
+    saves = [0, *(place for place, entry in enumerate(done) if entry == ("named", runs.checkpoint_path(run, "last")))]
+    assert len(saves) > 10 and all(("sync", run / "metrics.csv") in done[one:other] for one, other in itertools.pairwise(saves))
+
+
+def test_a_row_that_its_disk_has_no_room_for_is_not_there_in_part(tmp_path):
+    curves = Curves(tmp_path / "metrics.csv")
+    curves.log_metrics({"train/loss": 1.0}, step=1)
+    whole = (tmp_path / "metrics.csv").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 3, limits[1]))
+    try:
+        with pytest.raises(OSError, match=f"{tmp_path / 'metrics.csv'}"):
+            curves.log_metrics({"train/loss": 0.123456789}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.csv").read_bytes() == whole
 
 
 def test_a_run_that_is_cut_off_before_its_first_checkpoint_starts_over(tmp_path, whole):
@@ -286,12 +371,11 @@ def test_a_refused_start_leaves_folders_that_were_there(tmp_path):
 
 
 def test_a_run_from_another_that_is_cut_off_at_once_begins_there_again(tmp_path):
-    plan = (*SHORT, "data.val_fraction=0")
     run, more = tmp_path / "run", tmp_path / "more"
-    Started(run, *plan).after(13).send(signal.SIGKILL).ended()
-    Started(more, *plan, f"resume={run}", "checkpoint.every_n_steps=null").after(1).send(signal.SIGKILL).ended()
-    assert not list((more / "checkpoints").glob("*.ckpt"))
-    again = Started(more, *plan)
+    Started(run, *SHORT).after(13).send(signal.SIGKILL).ended()
+    Started(more, *SHORT, f"resume={run}", "checkpoint.every_n_steps=null").after(1).send(signal.SIGKILL).ended()
+    assert [file.name for file in (more / "checkpoints").glob("*.ckpt")] == ["best.ckpt"], "brought along, and older than the last one"
+    again = Started(more, *SHORT)
     assert again.ended() == 0 and again.said.count(f"goes on from {runs.checkpoint_path(run, 'last')}") == 2, again.said
 
 
@@ -340,7 +424,37 @@ def test_the_second_of_two_runs_in_one_directory_is_refused(tmp_path):
     assert Started(tmp_path / "run", *SHORT).ended() in (0, 2)  # free again at once
 
 
-def test_a_copied_run_still_evaluates_and_goes_on(cut, whole, tmp_path):
+def _slow_to_begin(run: Path, arguments: Sequence[str]) -> None:
+    setup = Digits.setup
+
+    def slow(self: Digits, stage: str | None = None) -> None:
+        run.with_suffix(".begun").touch()
+        while not run.with_suffix(".go").exists():
+            time.sleep(0.05)
+        setup(self, stage)
+
+    Digits.setup = slow
+    soak.work(run, arguments)
+
+
+def test_the_second_is_refused_also_before_the_first_holds_anything(tmp_path):
+    """While it downloads its images, say. What Hydra wrote for the first one stays as it is, also where the second is a mistake."""
+    run = tmp_path / "run"
+    first = Started(run, *SHORT, work=_slow_to_begin)
+    while not run.with_suffix(".begun").exists():
+        assert first.process.is_alive(), first.said
+        time.sleep(0.05)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    assert {"config.yaml", "overrides.yaml", ".lock"} <= {file.name for file in before} and not runs.holds(run)
+    for mistake in ((), ("recipe.clip_grad=no",)):
+        second = Started(run, *SHORT, *mistake, "seed=3")
+        assert second.ended() == 2 and f"error: {run} is in use by another process" in second.said.splitlines()[-1]
+        assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    run.with_suffix(".go").touch()
+    assert first.ended() == 0 and runs.result_of(run)["seed"] == 0
+
+
+def test_a_copied_run_still_evaluates_and_goes_on(cut, whole, tmp_path, capsys):
     shutil.copytree(cut, tmp_path / "elsewhere" / "copy")
     shutil.rmtree(cut)
     copy = tmp_path / "elsewhere" / "copy"
@@ -349,6 +463,11 @@ def test_a_copied_run_still_evaluates_and_goes_on(cut, whole, tmp_path):
     went_on(copy)
     assert soak.differences(whole, copy) == []
     load_run(copy)
+    assert evaluate_run(str(copy), [])["test/top1"] == runs.result_of(whole)["test/top1"]
+    train(copy, *SHORT, "data.num_workers=1", "+logger.note=other", "faults.timeout_s=5")  # how it was worked off is no other run
+    assert f"{copy} is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds a finished run of another configuration \(recipe.min_lr=0, was 1e-05\)"):
+        train(copy, *SHORT, "data.num_workers=1", "recipe.min_lr=0")
 
 
 # ---- signals
@@ -367,13 +486,75 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path, whole, number, code):
     assert differ == [f"{name}.ckpt: .position.num_workers" for name in ("last", "best")]
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    whole_set = [knob.replace("batches=8", "batches=1") for knob in LONG]
-    started = Started(tmp_path / "run", *whole_set, "data.batch_size=1222", "model.depth=12").after(1)  # steps of a second and more
-    began = time.monotonic()
+def _stuck(run: Path, arguments: Sequence[str]) -> None:
+    transfer, libc, mutex = ImageDataModule.on_after_batch_transfer, ctypes.CDLL(None), ctypes.create_string_buffer(128)
+
+    def wait_for_ever(self: ImageDataModule, batch: Any, index: int) -> Any:
+        if len(soak.lines(run.with_suffix(".steps"))) == 3:
+            run.with_suffix(".stuck").touch()
+            for _ in range(2):  # in C, which no handler of Python's interrupts: as in a collective, or on a dead disk
+                libc.pthread_mutex_lock(mutex)
+        return transfer(self, batch, index)
+
+    ImageDataModule.on_after_batch_transfer = wait_for_ever
+    soak.work(run, arguments)
+
+
+def test_a_second_signal_ends_at_once_also_a_process_that_is_stuck(tmp_path):
+    started = Started(tmp_path / "run", *LONG, work=_stuck)
+    while not (tmp_path / "run.stuck").exists():
+        assert started.process.is_alive(), started.said
+        time.sleep(0.05)
     started.send(signal.SIGINT)
-    time.sleep(0.05)
-    assert started.send(signal.SIGINT).ended() == 130 and time.monotonic() - began < 5
+    time.sleep(0.5)
+    assert started.process.is_alive()
+    assert started.send(signal.SIGINT).ended(10) == 130 and "stopped by" not in started.said
+
+
+def _in_a_terminal(run: Path, arguments: Sequence[str]) -> None:
+    os.setsid()
+    terminal = os.open((run.parent / "terminal").read_text(), os.O_RDWR)  # the first one of a session is the one that it hangs on
+    for stream in (0, 1, 2):
+        os.dup2(terminal, stream)
+    os.close(terminal)
+    with (run.parent / "code").open("w") as file:
+        try:
+            soak.witness(run)
+            sys.argv = ["train.py", *arguments, f"hydra.run.dir={run}"]
+            main()
+        except SystemExit as end:
+            file.write(str(end.code))
+
+
+def test_a_terminal_that_is_closed_ends_a_run_with_a_checkpoint(tmp_path):
+    """Its progress bar has nowhere to write any more."""
+    ours, theirs = pty.openpty()
+    (tmp_path / "terminal").write_text(os.ttyname(theirs))
+    shown = [*LONG, "trainer.enable_progress_bar=true", "checkpoint.every_n_steps=null"]
+    started = Started(tmp_path / "run", *shown, work=_in_a_terminal)
+    os.close(theirs)
+    threading.Thread(target=lambda: [None for _ in iter(lambda: _read_of(ours), b"")], daemon=True).start()
+    started.after(11)
+    os.close(ours)
+    started.ended()
+    assert (tmp_path / "code").read_text() == str(128 + signal.SIGHUP)
+    assert read(runs.checkpoint_path(tmp_path / "run", "last"))["position"]["step"] >= 10
+
+
+def _read_of(stream: int) -> bytes:
+    try:
+        return os.read(stream, 4096)
+    except OSError:  # closed
+        return b""
+
+
+def test_under_nohup_a_terminal_that_is_closed_ends_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_sigterm_that_comes_twice_at_once_is_one(tmp_path):
@@ -411,14 +592,17 @@ def test_slurms_warning_hands_the_job_back_once_and_the_job_that_starts_again_go
         return subprocess.Popen(line, cwd=tmp_path, env={**env, **more}, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
     importing = start()
-    time.sleep(0.5)
+    goal = time.monotonic() + START_S
+    while not int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{importing.pid}/status").read_text())[1], 16) & 1 << signal.SIGUSR1 - 1:
+        assert importing.poll() is None and time.monotonic() < goal
+        time.sleep(0.01)
     os.killpg(importing.pid, signal.SIGUSR1)
     said, _ = importing.communicate(timeout=100)
     assert importing.returncode == 138 and "stopped by SIGUSR1 at step 0" in said and "job 77 handed back to SLURM" in said, said
     [run] = tmp_path.glob("outputs/*/*")
 
     training = start(SLURM_RESTART_COUNT="1")
-    goal = time.monotonic() + 100
+    goal = time.monotonic() + START_S
     while not (run / "metrics.csv").exists() or len(soak.lines(run / "metrics.csv")) < 12:
         assert training.poll() is None and time.monotonic() < goal
         time.sleep(0.05)
@@ -440,62 +624,83 @@ def test_what_cannot_be_written_is_found_before_training_starts(tmp_path):
 # ---- several devices
 
 
-def two_ranks(run: Path, *overrides: str) -> subprocess.Popen:
-    line = [sys.executable, "-m", "tests.witnessed", *SHORT, "trainer.accelerator=cpu", "trainer.devices=2", *overrides]
-    out = run.with_suffix(".out").open("a")
-    return subprocess.Popen([*line, f"hydra.run.dir={run}"], cwd=Path(__file__).parents[1], stdout=out, stderr=out, start_new_session=True)
+@pytest.fixture
+def two_ranks():
+    started = []
+
+    def start(run: Path, *overrides: str) -> processes.Started:
+        line = ["-m", "tests.witnessed", *SHORT, "recipe.epochs=5", *processes.TWO, *overrides, f"hydra.run.dir={run}"]
+        out = run.with_suffix(".out")
+        started.append(processes.Started(line, cwd=Path(__file__).parents[1], out=out, err=out))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
 
 
-def rank_1(process: subprocess.Popen) -> int:
-    """Its process number."""
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if b"LOCAL_RANK=1" in environ.read_bytes().split(b"\0") and os.getpgid(int(environ.parent.name)) == process.pid:
-                return int(environ.parent.name)
-        except OSError:
-            continue
-    raise AssertionError("no second rank")
-
-
-def wait_for(process: subprocess.Popen, run: Path, batches: int) -> None:
-    goal = time.monotonic() + 150
-    while len(soak.lines(run.with_suffix(".steps"))) < batches:
-        assert process.poll() is None and time.monotonic() < goal, run.with_suffix(".out").read_text()
-        time.sleep(0.01)
+def seen(run: Path, batches: int, kind: str = ".steps") -> Callable[[], bool]:
+    return lambda: len(soak.lines(run.with_suffix(kind))) >= 2 * batches
 
 
 @pytest.mark.slow
-def test_two_ranks_of_which_one_is_killed_or_told_to_stop_go_on_to_the_same_bits(tmp_path):
-    """And then one device takes the rest, with a line that says what is no longer exact."""
+def test_two_ranks_that_are_killed_or_told_to_stop_go_on_to_the_same_bits(tmp_path, two_ranks):
+    """One of them or both; and then one device takes the rest, with a line that says what is no longer exact."""
     mixing = ("+recipe.augmentation.mixup=0.8", "data.num_workers=1")
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert two_ranks(whole, *mixing).wait(300) == 0, whole.with_suffix(".out").read_text()
+    assert (uncut := two_ranks(whole, *mixing)).ends(START_S) == 0, uncut.said
 
-    killed = two_ranks(run, *mixing)
-    wait_for(killed, run, 2 * 11)
-    os.kill(rank_1(killed), signal.SIGKILL)
-    assert killed.wait(30) == 137
-    stopped = two_ranks(run, *mixing)
-    wait_for(stopped, run, 2 * 15)
-    shutil.copytree(run, tmp_path / "other")
-    os.kill(rank_1(stopped), signal.SIGTERM)
-    assert stopped.wait(30) == 143
-    stopped = two_ranks(run, *mixing)
-    wait_for(stopped, run, 2 * 19)
-    os.killpg(stopped.pid, signal.SIGTERM)  # as SLURM does: to loaders' workers, too
-    assert stopped.wait(30) == 143
+    for batches, number, rank, code in (
+        (4, signal.SIGKILL, 0, -signal.SIGKILL),
+        (11, signal.SIGKILL, 1, 137),
+        (15, signal.SIGTERM, 0, 143),
+        (19, signal.SIGTERM, 1, 143),
+        (24, signal.SIGTERM, None, 143),  # as SLURM does: to loaders' workers, too
+        (29, signal.SIGINT, None, 130),  # as a terminal does
+    ):
+        cut = two_ranks(run, *mixing).until(seen(run, batches))
+        if batches == 19:
+            shutil.copytree(run, tmp_path / "other")
+        if rank is None:
+            os.killpg(cut.pid, number)
+        else:
+            cut.send(number, rank=rank)
+        assert cut.ends() == code, cut.said
     said = run.with_suffix(".out").read_text()
-    assert said.count("goes on from") == 2 and said.count("stopped by SIGTERM") == 2 and "Traceback" not in said, said
-    assert two_ranks(run, *mixing).wait(300) == 0, run.with_suffix(".out").read_text()
+    assert said.count("goes on from") == 5 and said.count("stopped by SIGTERM") == 3 and said.count("stopped by SIGINT") == 1, said
+    assert "Traceback" not in said, said
+    assert (last := two_ranks(run, *mixing)).ends(START_S) == 0, last.said
     assert soak.differences(whole, run) == []
 
     (tmp_path / "other" / "result.json").unlink(missing_ok=True)
-    alone = Started(tmp_path / "other", *SHORT, *mixing, "trainer.accelerator=cpu", "trainer.devices=1")
+    alone = Started(tmp_path / "other", *SHORT, "recipe.epochs=5", *mixing, "trainer.accelerator=cpu", "trainer.devices=1")
     assert alone.ended() == 0, alone.said
     assert "note   2 device(s) x 1 accumulation step(s) before, 1 x 1 now: the same images in the same steps, but" in alone.said
-    assert runs.result_of(tmp_path / "other")["steps"] == 24
-    seen, theirs = (set(soak.lines(file.with_suffix(".seen"))) for file in (tmp_path / "other", whole))
-    assert seen and seen <= theirs, "the same images with the same pixels"
+    assert runs.result_of(tmp_path / "other")["steps"] == 40
+    ours, theirs = (set(soak.lines(file.with_suffix(".seen"))) for file in (tmp_path / "other", whole))
+    assert ours and ours <= theirs, "the same images with the same pixels"
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_ranks_during_a_validation_of_unequal_lengths(tmp_path, two_ranks):
+    """Of 17 images one rank has 5 batches and the other 4, of which they see 4 and 3."""
+    for part, count in (("train", 32), ("val", 17)):
+        for number in range(count):
+            file = tmp_path / "images" / part / "ab"[number % 2] / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(layouts.jpeg(number))
+    unequal = (
+        "data=folder", f"data.root={tmp_path / 'images'}", "model=tnt_digits", "recipe=digits", "image_size=8", "data.batch_size=4",
+        "+trainer.limit_val_batches=0.8", "checkpoint.every_n_steps=null",
+    )  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert (uncut := two_ranks(whole, *unequal)).ends(START_S) == 0, uncut.said
+    assert len(soak.lines(whole.with_suffix(".validating"))) >= 5 * (4 + 3)
+    cut = two_ranks(run, *unequal).until(lambda: len(soak.lines(run.with_suffix(".validating"))) >= 4 + 3 + 1)
+    assert cut.send(signal.SIGTERM, rank=1).ends() == 143, cut.said
+    assert read(runs.checkpoint_path(run, "last"))["position"]["step"] in (15, 16, 17), cut.said
+    assert (last := two_ranks(run, *unequal)).ends(START_S) == 0, last.said
+    assert soak.differences(whole, run) == []
 
 
 def test_a_flipped_bit_is_not_evaluated(cut):

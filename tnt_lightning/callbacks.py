@@ -5,7 +5,6 @@ import math
 import statistics
 import time
 from collections import deque
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +159,7 @@ class Checkpoints(Checkpoint):
             data.begin = self.start.epoch, first_batch(self.start, trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.barrier("together")  # whoever is late until here is not lost
         self._agreed = Agreement(trainer.world_size, self.timeout_s)
         # Lightning's asks the device on every step, and hears the first rank alone.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
@@ -180,10 +180,14 @@ class Checkpoints(Checkpoint):
         if self._ending:
             self._end(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.state.fn == "fit":  # one rank may have a batch more than another
+            self._validated_by_all = self._agreed.least(int(sum(trainer.num_val_batches)))
+
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn != "fit" or batch_idx >= _batches_of_every_rank(trainer):
+        if trainer.state.fn != "fit" or batch_idx >= self._validated_by_all:
             return
         self._ending = self._ending or self._agreed(self.signals.came or 0) or None
         if self._ending:  # the raw weights go back to their place, and the validation is to be done again
@@ -214,13 +218,13 @@ class Checkpoints(Checkpoint):
         self.signals.phase = "after"
 
     def _save(self, trainer: L.Trainer, module: L.LightningModule, *, epoch: int, batch: int, validating: bool = False) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Finite):
+                callback.settle(trainer)
         if not trainer.strategy.reduce_boolean_decision(bool(_largest(list(module.parameters())).isfinite())):
             raise UserError(
                 f"the weights are no longer finite at step {trainer.global_step}; the checkpoints are from before; lower optimizer.lr"
             )
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, Finite):
-                callback.settle(trainer)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.here = Position(
             epoch=epoch,
@@ -235,6 +239,8 @@ class Checkpoints(Checkpoint):
             rows=self.curves.rows if self.curves else 0,
             seconds=self.seconds,
         )
+        if self.curves:
+            self.curves.sync()
         trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)
         if self._is_best:
             if trainer.is_global_zero:
@@ -265,7 +271,7 @@ class Agreement:
     and no device is waited for. With one rank, at once."""
 
     def __init__(self, world: int, timeout_s: float):
-        self._group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s + 60)) if world > 1 else None
+        self._group: Any = ranks.beside(timeout_s) if world > 1 else None
         self._said: tuple[Tensor, Any] | None = None
 
     def __call__(self, number: int) -> int:
@@ -279,6 +285,14 @@ class Agreement:
         said = torch.tensor([number])
         self._said = said, torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX, group=self._group, async_op=True)
         return heard
+
+    def least(self, number: int) -> int:
+        """The lowest number of all ranks, now."""
+        if self._group is not None:
+            said = torch.tensor([number])
+            torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MIN, group=self._group)
+            number = int(said)
+        return number
 
 
 def first_batch(start: Position, trainer: L.Trainer) -> int:
@@ -311,21 +325,16 @@ def _seat(trainer: L.Trainer, start: Position, batch: int) -> None:
     loop._batches_that_stepped = start.step - bool(batch)
 
 
-def _batches_of_every_rank(trainer: L.Trainer) -> int:
-    """Of a validation: one rank may have a batch more than another."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return -(-(len(data.parts.val.labels) // trainer.world_size) // data.device_batch)
-
-
 class Finite(Callback):
-    """Watches loss and gradient. Where either is infinite or not a number, the step does not touch the weights: training stops, or goes
-    on without the step.
+    """Watches loss and gradient. Where either is infinite or not a number, training stops, or goes on without the step. No such step is
+    in a checkpoint.
 
     policy: "stop", or "skip" for at most in_a_row steps one after the other
     run: the directory whose nonfinite.jsonl gets a line for each such step, with all of the batch's images
-    lag: steps after which the device is asked; None: 0 on the CPU, and 2 on a GPU, which so never waits for the answer. A fused optimizer
-        leaves the step out by itself; another one takes it, and training stops before anything is saved. To skip steps, that one is
-        asked at once.
+    lag: steps after which the device is asked; None: 0 on the CPU, where training stops before the step, and 2 on a GPU, which so never
+        waits for the answer. A fused optimizer leaves the step out by itself, and float16's scaler does. Any other (LAMB; AdamW where
+        gradients are clipped under mixed precision) takes it and up to two more, on weights that nobody saves or validates, before
+        training stops; to skip steps, that one is asked at once.
     """
 
     def __init__(self, run: Path, *, policy: str = "stop", in_a_row: int = 10, lag: int | None = None):

@@ -121,7 +121,7 @@ def _known(error: Exception) -> UserError | None:
 def _clear(hydra: Any, stays: set[Path]) -> None:
     """Take away what Hydra wrote for a run that was refused; whatever else lies there stays, and the folders that were there before."""
     run = Path(hydra.runtime.output_dir)
-    if hydra.output_subdir is None or runs.holds(run) or "LOCAL_RANK" in os.environ:
+    if hydra.output_subdir is None or runs.holds(run) or runs.busy(run) or "LOCAL_RANK" in os.environ:
         return
     logging.shutdown()
     with contextlib.suppress(OSError):  # not empty, or still open

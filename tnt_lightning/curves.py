@@ -1,7 +1,9 @@
-"""metrics.csv: what was logged, row by row; on the disk as soon as it is known, and cut back to where a run goes on from."""
+"""metrics.csv: what was logged, row by row; in the file as soon as it is known, and cut back to where a run goes on from."""
 
+import contextlib
 import csv
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +36,23 @@ class Curves(Logger):
         row = {**metrics, "step": step}
         self.rows += 1
         if row.keys() <= set(self._columns):
+            whole = self.file.stat().st_size
             try:
                 with self.file.open("a", newline="") as stream:
                     stream.write(self._text([row]))
             except OSError as error:  # a full disk does not say which file it was
+                with contextlib.suppress(OSError):
+                    os.truncate(self.file, whole)
                 raise type(error)(error.errno, error.strerror, str(self.file)) from None
         else:
             self._write([*_read(self.file), row])
+
+    @rank_zero_only
+    def sync(self) -> None:
+        """Its rows to the disk, before a checkpoint that counts them."""
+        if self.rows and self.file.exists():
+            with self.file.open("rb+") as stream:
+                os.fsync(stream.fileno())
 
     def _write(self, rows: list[dict[str, Any]]) -> None:
         self._columns = sorted({column for row in rows for column in row})

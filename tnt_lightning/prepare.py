@@ -22,6 +22,7 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from tnt_lightning import runs
 from tnt_lightning.cli import command
 from tnt_lightning.config import check
 from tnt_lightning.errors import UserError
@@ -382,6 +383,7 @@ def _replace(path: Path, content: str | Path) -> None:
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
+    runs.sync(path.parent)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ import multiprocessing
 import os
 import re
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,11 +32,14 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 
 from tnt_lightning.errors import UserError
 from tnt_lightning.faults import explained
+from tnt_lightning.signals import ENDS
 
 TIMEOUT_S = 1800  # where a configuration has none
 TICK_S = 0.5
 GRACE_S = 5.0  # for rank 0's main thread to come out by itself once the end is settled: then the dashboard is closed
 PATIENCE_S = 12.0  # of the others, for rank 0 to end them; longer than it takes rank 0 to see why
+ENDING_S = 30.0  # for the others to end, when all is done
+MEETING_S = 60.0  # for ranks that have met to connect a second time
 STARTING_S = 600.0  # until all ranks have met, which takes as long as their imports do
 _PARENT = "TNT_LIGHTNING_RANK_0"  # to the others: the process that started them
 _MEMORY = "a machine short of memory kills processes: lower data.num_workers or data.batch_size"
@@ -64,6 +69,36 @@ def join(trainer: L.Trainer, timeout_s: float) -> None:
         strategy._timeout = timedelta(seconds=timeout_s if _watch is None else max(timeout_s, STARTING_S) + 60)
 
 
+def beside(timeout_s: float) -> Any:
+    """A second group of all ranks, over gloo, whose collectives wait for no device. UserError where they do not reach each other so."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface(os.environ.get("NCCL_SOCKET_IFNAME", ""))):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=MEETING_S))
+    except RuntimeError as error:
+        if re.search(r"(closed|reset) by peer", str(error)):  # another is gone
+            raise
+        where = os.environ.get("GLOO_SOCKET_IFNAME") or f"the address of {socket.gethostname()}"
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the ranks do not reach each other over gloo, by {where} ({why}); name the network that they share, "
+            "GLOO_SOCKET_IFNAME=eth0 or another of `ip address`"
+        ) from None
+    set_timeout = getattr(torch.distributed, "set_timeout", None) or torch.distributed.distributed_c10d._set_pg_timeout  # torch < 2.15
+    set_timeout(timedelta(seconds=timeout_s + 60), group)
+    return group
+
+
+def _interface(asked: str) -> str | None:
+    """The network interface that NCCL_SOCKET_IFNAME means: beginnings of names, or =names; None where it only excludes some."""
+    if not asked or asked.startswith("^"):
+        return None
+    here = [name for _, name in socket.if_nameindex()]
+    given = [name.partition(":")[0] for name in asked.lstrip("=").split(",")]
+    fits = str.__eq__ if asked.startswith("=") else str.startswith
+    return next((name for begin in given for name in here if fits(name, begin)), None)
+
+
 @contextlib.contextmanager
 def together(trainer: L.Trainer) -> Iterator[None]:
     """What all ranks do: where one fails, all end. SystemExit where the failure was another's, which has been said by then."""
@@ -71,7 +106,9 @@ def together(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if watch is not None and not ending:
+        if watch is not None and ending:
+            atexit.register(watch.leave, _code_of(error))
+        elif watch is not None:
             watch.came_out(error)
         raise
     finally:
@@ -91,6 +128,7 @@ class _Launcher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             del os.environ[_PARENT]
             self.watch.start()
+            atexit.register(self.watch.wait_for_others)  # and so after Lightning has taken the process group down
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
@@ -144,6 +182,9 @@ class _Watch:
         """In the main thread, before the error goes on its way; SystemExit in its place where another has spoken."""
         raise NotImplementedError
 
+    def leave(self, code: int) -> None:
+        _leave(code)
+
 
 class _First(_Watch):
     """Of rank 0, or the first rank of another machine: started the others here and ends them."""
@@ -189,6 +230,18 @@ class _First(_Watch):
         for process in self.launcher.procs:
             with contextlib.suppress(Exception):  # in a system call that nothing ends
                 process.wait(timeout=GRACE_S)
+
+    def wait_for_others(self) -> None:
+        """At the exit of this process: the command has not ended before all that it started."""
+        until = time.monotonic() + ENDING_S
+        for process in self.launcher.procs:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+        self._kill_others()
+
+    def leave(self, code: int) -> None:
+        self.wait_for_others()
+        _leave(code)
 
     def came_out(self, error: BaseException) -> None:
         if _is_of_another(error):
@@ -259,6 +312,8 @@ def _is_of_another(error: BaseException) -> bool:
 
 def _ending_of(who: str, code: int) -> tuple[int, str | None]:
     """(exit code, line) for what Popen.returncode says of a rank; no line where the rank's own is enough."""
+    if (told := code - 128) in ENDS:
+        return code, f"error: {who} was ended by {signal.Signals(told).name}"
     if code > 0:
         return code, None if code == 2 else f"{who} ended with exit code {code}; what it said stands above"
     try:

@@ -257,7 +257,7 @@ def write(file: Path, content: str | bytes | memoryview, *, keep: Path | None = 
     except BaseException:  # a signal that ends the process
         beside.unlink(missing_ok=True)
         raise
-    _sync(file.parent)
+    sync(file.parent)
 
 
 def _also_as(file: Path, other: Path) -> None:
@@ -283,10 +283,10 @@ def copy(source: Path, target: Path) -> None:
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise type(error)(error.errno, error.strerror, str(target)) from None
-    _sync(target.parent)
+    sync(target.parent)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """What was renamed in a directory, to the disk; where the file system knows of such a thing."""
     try:
         number = os.open(folder, os.O_RDONLY)

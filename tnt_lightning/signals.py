@@ -1,7 +1,8 @@
 """What a training process does with signals: it notes them, and training stops between two steps, with a checkpoint.
 
-SIGTERM and SIGINT end the run; SIGUSR1, which SLURM sends ahead of a job's time limit (--signal=USR1@120), hands the job back to SLURM
-too. A second signal ends the process at once, but for a SIGTERM within seconds of the first one.
+SIGTERM, SIGINT and SIGHUP, which a terminal sends as it closes, end the run; SIGUSR1, which SLURM sends ahead of a job's time limit
+(--signal=USR1@120), hands the job back to SLURM too. A second signal ends the process at once, but for a SIGTERM or SIGHUP within seconds
+of another.
 """
 
 import os
@@ -14,13 +15,16 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+ENDS = (signal.SIGTERM, signal.SIGINT, *HANGUP)
+REPEATED = (signal.SIGTERM, *HANGUP)
 UNHEARD_S = 20  # outside of training: until a signal that nobody took up ends the process all the same
-SAME_S = 5  # a SIGTERM so soon after another is the same one: who ends a job tells all its processes, and some of these tell others
+SAME_S = 5  # one of REPEATED so soon after another is the same one: who ends a job tells all its processes, and some of these tell others
 WORKER_S = 30  # how long a loader's worker outlives a SIGTERM that was sent to every process of a job
 
 
 class Signals:
-    """The signal that came. Training looks at it between two steps; before it and after it SIGTERM and SIGINT end the process at once.
+    """The signal that came. Training looks at it between two steps; before it and after it one of ENDS ends the process at once.
 
     phase: "before" training, in "training", "after" it, or "done", when all is written
     first: whether this is the process that hands a job back to SLURM, once for all of them
@@ -36,8 +40,10 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in SIGNALS:
-                self._before[number] = signal.signal(number, self._note)
+            for number in (*SIGNALS, *HANGUP):
+                if number not in HANGUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    self._before[number] = signal.signal(number, self._note)
+            self._terminal = [stream for stream in (1, 2) if os.isatty(stream)]
             out, self._pipe = os.pipe()
             os.set_blocking(self._pipe, False)
             self._woke = signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
@@ -53,10 +59,13 @@ class Signals:
             os.close(self._pipe)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        ends = number in (signal.SIGTERM, signal.SIGINT)
-        if number == signal.SIGTERM and self._first_term is not None and time.monotonic() - self._first_term < SAME_S:
+        ends = number in ENDS
+        if number in HANGUP:  # what is written to a terminal that is gone would be an error, before the checkpoint is there
+            for stream in self._terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        if number in REPEATED and self._first_term is not None and time.monotonic() - self._first_term < SAME_S:
             return
-        if number == signal.SIGTERM:
+        if number in REPEATED:
             self._first_term = time.monotonic()
         if ends and self._ending:
             os._exit(128 + number)
@@ -72,11 +81,11 @@ class Signals:
         collective or on a dead disk."""
         ends, first_term = 0, None
         while number := os.read(pipe, 1):
-            if number[0] == signal.SIGTERM:
+            if number[0] in REPEATED:
                 if first_term is not None and time.monotonic() - first_term < SAME_S:
                     continue
                 first_term = time.monotonic()
-            ends += number[0] in (signal.SIGTERM, signal.SIGINT)
+            ends += number[0] in ENDS
             if ends == 2:
                 os._exit(128 + number[0])
             if ends and self.phase != "training":
@@ -91,7 +100,7 @@ class Signals:
 
     def hand_back(self) -> None:
         """After SIGUSR1, under SLURM: ask for the job to be started again."""
-        if self.first and self.came not in (None, signal.SIGTERM, signal.SIGINT) and (job := slurm_job()):
+        if self.first and self.came not in (None, *ENDS) and (job := slurm_job()):
             print(requeue(job), flush=True)
 
 
@@ -109,7 +118,7 @@ def release() -> None:
 def in_a_worker(_: int) -> None:
     """Of a loader's worker process, which inherits the handlers: the process that trains decides, and its workers serve it until then."""
     signal.set_wakeup_fd(-1)  # what comes here is not for the process that trains
-    for number in SIGNALS:
+    for number in (*SIGNALS, *HANGUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):
         # The loader itself ends a worker that does not come to an end by this signal.

@@ -37,6 +37,12 @@ if TYPE_CHECKING:
     from tnt_lightning.signals import Signals
 
 
+# Of a configuration: what is no part of what a run came to.
+_BESIDE = ("logger.", "checkpoint.", "faults.", "data.num_workers=", "data.cache", "data.download=", "trainer.enable_progress_bar=",
+           "trainer.log_every_n_steps=")  # fmt: skip
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+
+
 def find_directory() -> None:
     """Before Hydra makes or writes into it: of `resume=latest` the run that it names; and of a run that goes on, what was composed for
     it stays as it is."""
@@ -46,7 +52,7 @@ def find_directory() -> None:
     place: Any = asked.given.get("hydra.run.dir")
     resume = asked.given.get("resume")
     if place is None and _tasks() > 1:
-        if _rank() > 0:
+        if _rank() > 0 and not _node():
             raise SystemExit(2)
         fail("hydra.run.dir: of several tasks (srun, torchrun) each would make a directory of its own; give hydra.run.dir=DIR")
     if _rank() > 0:
@@ -61,9 +67,9 @@ def find_directory() -> None:
         if resume == "latest" and _tasks() > 1:
             fail("resume=latest: of several tasks (srun, torchrun) each would look for itself; hydra.run.dir=RUN goes on with any")
         place = _latest(asked, place)
+    if place is not None and runs.busy(Path(place)):  # also before it holds anything: the other one may be downloading its images
+        fail(str(runs.in_use(Path(place))))
     if place is not None and runs.holds(Path(place)):
-        if runs.busy(Path(place)):
-            fail(str(runs.in_use(Path(place))))
         sys.argv.append("hydra.output_subdir=null")
 
 
@@ -89,15 +95,22 @@ def _latest(asked: Arguments, place: str | None) -> str | None:
 
 
 def _tasks() -> int:
-    """Of how many processes, that something else has started, this is one."""
+    """Of how many processes, that something else has started, this is one; at least."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" in os.environ:
         return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
-    return 1
+    return _node() + 1
 
 
 def _rank() -> int:
-    """Of this process, where something says it: torchrun, Lightning, SLURM."""
-    return next((int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if os.environ.get(name, "").isdecimal()), 0)
+    """Of this process, where something says it: torchrun, Lightning, SLURM; of one that was started by hand, that of its machine."""
+    return next((int(os.environ[name]) for name in _RANKS if os.environ.get(name, "").isdecimal()), _node())
+
+
+def _node() -> int:
+    """Which machine this is, where a person started a process on each, with NODE_RANK as Lightning reads it."""
+    if any(name in os.environ for name in _RANKS):
+        return 0
+    return next((int(os.environ[name]) for name in ("NODE_RANK", "GROUP_RANK") if os.environ.get(name, "").isdecimal()), 0)
 
 
 def conclude() -> None:
@@ -142,7 +155,7 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
     from tnt_lightning import show
     from tnt_lightning.signals import Signals
 
-    first = getattr(rank_zero_only, "rank", 0) == 0
+    first = getattr(rank_zero_only, "rank", 0) == 0 and not _node()
     show.quiet()
     with Signals(first=first) as signals, runs.claimed(run) if first else contextlib.nullcontext():
         if config["resume"] is None and (run / "config.yaml").exists():
@@ -153,8 +166,8 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
                 raise UserError(f"{run} already holds a run; choose another hydra.run.dir, or go on with it: without resume=false")
             differ = changes(runs.config_of(run), config)
             if result := runs.result_of(run):
-                if differ:
-                    raise UserError(f"{run} holds a finished run of another configuration ({_few(differ)}); choose another hydra.run.dir")
+                if other := [line for line in differ if not line.startswith(_BESIDE)]:
+                    raise UserError(f"{run} holds a finished run of another configuration ({_few(other)}); choose another hydra.run.dir")
                 show.finished(result, run)
                 return result
             refuse_to_continue(runs.config_of(run), config)
@@ -306,8 +319,11 @@ def _origin(config: dict[str, Any], run: Path) -> "Origin | None":
     from tnt_lightning.checkpoints import Origin, Position, newest, read
 
     resume, epochs = config["resume"], config["trainer"]["max_epochs"]
-    source, found = run, newest(run) if resume is not False else None
-    if found is None and isinstance(resume, str) and resume != "latest":
+    named = isinstance(resume, str) and resume != "latest"
+    # Of another run, it has that one's best.ckpt before it has anything of its own.
+    begun = not named or any(file.stem in ("last", "previous") for file in (run / "checkpoints").glob("*"))
+    source, found = run, newest(run) if resume is not False and begun else None
+    if found is None and named:
         source, file = runs.place(resume)
         found = (file, Position.of(read(file)), []) if file is not None else newest(source)
         if found is None:
