@@ -4,9 +4,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +18,9 @@ from tnt_lightning.evaluate import evaluate_run
 
 from . import soak
 from .conftest import resolved
+from .processes import START_S, TWO, Started
 
-SHORT = (*soak.SHORT, "checkpoint.every_n_steps=2", "trainer.accelerator=cpu", "trainer.devices=2")
+SHORT = (*soak.SHORT, *TWO, "checkpoint.every_n_steps=2")
 # Training that says of each rank, after an epoch, how many numbers of the network, of its average and of the optimizer's state are there.
 SAYS = """
 import os
@@ -54,22 +52,18 @@ class Run:
     """A run of two processes on the CPU."""
 
     def __init__(self, place: Path, *overrides: str, script: Path | None = None):
-        self.place, out = place, place.with_suffix(".out").open("a")
+        self.place, out = place, place.with_suffix(".out")
         code = [str(script)] if script else ["-m", "tnt_lightning.train"]
-        line = [sys.executable, *code, *SHORT, *overrides, f"hydra.run.dir={place}"]
-        self.process = subprocess.Popen(line, cwd=place.parent, stdout=out, stderr=out)
+        self.process = Started([*code, *SHORT, *overrides, f"hydra.run.dir={place}"], cwd=place.parent, out=out, err=out)
 
     def ended(self, code: int = 0) -> "Run":
-        assert self.process.wait(300) == code, self.said
+        assert self.process.ends(START_S) == code, self.said
         return self
 
     def stopped(self) -> "Run":
         """In the middle of its second epoch."""
-        goal = time.monotonic() + 300
-        while not (self.place / "metrics.csv").exists() or len(soak.lines(self.place / "metrics.csv")) < 1 + 8 + 1 + 3:
-            assert self.process.poll() is None and time.monotonic() < goal, self.said
-            time.sleep(0.01)
-        self.process.send_signal(signal.SIGTERM)
+        curves = self.place / "metrics.csv"
+        self.process.until(lambda: len(soak.lines(curves)) >= 1 + 8 + 1 + 3).send(signal.SIGTERM)
         return self.ended(143)
 
     @property
