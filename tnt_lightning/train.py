@@ -10,6 +10,7 @@ if __name__ == "__main__" or sys.argv[0].endswith("tnt-train"):
 import contextlib
 import math
 import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from tnt_lightning.checkpoints import Origin
     from tnt_lightning.signals import Signals
 
+SPEAKING_S = 8  # that other tasks give the first one to say what is wrong: the end of one may end all (srun --kill-on-bad-exit)
+
 
 # Of a configuration: what is no part of what a run came to.
 _BESIDE = ("logger.", "checkpoint.", "faults.", "data.num_workers=", "data.cache", "data.download=", "trainer.enable_progress_bar=",
@@ -53,6 +56,8 @@ def find_directory() -> None:
     resume = asked.given.get("resume")
     if place is None and _tasks() > 1:
         if _rank() > 0 and not _node():
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # by which srun ends all, and gives the highest exit code
+            time.sleep(SPEAKING_S)
             raise SystemExit(2)
         fail("hydra.run.dir: of several tasks (srun, torchrun) each would make a directory of its own; give hydra.run.dir=DIR")
     if _rank() > 0:
