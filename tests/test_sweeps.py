@@ -170,10 +170,9 @@ def what_was_seen(folder: Path) -> list[tuple[dict, dict]]:
     return [(line, ends[line["process"]]) for line in lines if line["what"] == "start"]
 
 
-@pytest.mark.parametrize("fork", ["true", pytest.param("false", marks=pytest.mark.slow)])
-def test_of_four_jobs_one_fails_and_the_others_have_run(tmp_path, fork):
+def test_of_four_jobs_one_fails_and_the_others_have_run(tmp_path):
     """On the CPU of a machine with GPUs, by their names: one after the other, as on one without."""
-    said = Sweep(tmp_path, "inner_heads=1,5,2,4", *SHORT, f"hydra.launcher.fork={fork}", CUDA_VISIBLE_DEVICES="0,1").ended(1)
+    said = Sweep(tmp_path, "inner_heads=1,5,2,4", *SHORT, CUDA_VISIBLE_DEVICES="0,1").ended(1)
     sweep = tmp_path / "sweep"
     assert re.findall(r"^(running|finished|failed)  *inner_heads=(\d)", said, re.M)[:8] == [
         ("running", "1"), ("finished", "1"), ("running", "5"), ("failed", "5"),
