@@ -139,7 +139,7 @@ def differences(one: Path, other: Path) -> list[str]:
     if rows[0] != rows[1]:
         found.append(f"metrics.csv: {len(rows[0])} and {len(rows[1])} lines, or others")
     a, b = (json.loads((run / "result.json").read_text()) for run in (one, other))
-    found += [f"result.json: {key}" for key in a if key not in ("wall_s", "images_per_s") and a[key] != b.get(key)]
+    found += [f"result.json: {key}" for key in a if key not in ("wall_s", "images_per_s", "commit") and a[key] != b.get(key)]
     for kind in ("seen", "steps"):
         a, b = (set(lines(run.with_suffix(f".{kind}"))) for run in (one, other))
         if a != b:

@@ -49,6 +49,7 @@ class Started:
         self.run = run
         self.process = FORKS.Process(target=work, args=(run, arguments))
         self.process.start()
+        STARTED.append(self)
 
     def after(self, batches: int, kind: str = ".steps") -> "Started":
         """Once so many batches have reached the network."""
@@ -74,7 +75,16 @@ class Started:
 
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # read by the process that forks: it must have one thread
 FORKS = multiprocessing.get_context("forkserver")
+STARTED: list[Started] = []
 FORKS.set_forkserver_preload(["tnt_lightning.train", "tnt_lightning.evaluate", "tnt_lightning.dashboard", "tests.soak"])
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    yield
+    for one in STARTED:
+        one.process.kill()
+    STARTED.clear()
 
 
 @pytest.fixture(scope="module")
@@ -592,10 +602,7 @@ def test_slurms_warning_hands_the_job_back_once_and_the_job_that_starts_again_go
         return subprocess.Popen(line, cwd=tmp_path, env={**env, **more}, start_new_session=True, stdout=subprocess.PIPE, text=True)
 
     importing = start()
-    goal = time.monotonic() + START_S
-    while not int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{importing.pid}/status").read_text())[1], 16) & 1 << signal.SIGUSR1 - 1:
-        assert importing.poll() is None and time.monotonic() < goal
-        time.sleep(0.01)
+    until_signals(importing, "SigBlk", signal.SIGUSR1)
     os.killpg(importing.pid, signal.SIGUSR1)
     said, _ = importing.communicate(timeout=100)
     assert importing.returncode == 138 and "stopped by SIGUSR1 at step 0" in said and "job 77 handed back to SLURM" in said, said
@@ -610,6 +617,14 @@ def test_slurms_warning_hands_the_job_back_once_and_the_job_that_starts_again_go
     said, _ = training.communicate(timeout=100)
     assert training.returncode == 138 and "goes on from" in said and "Traceback" not in said, said
     assert (tmp_path / "asked").read_text() == "requeue 77\n" * 2 and len(list(tmp_path.glob("outputs/*/*"))) == 1
+
+
+def until_signals(process: subprocess.Popen, are: str, number: int) -> None:
+    """Wait until a process blocks (SigBlk) or handles (SigCgt) a signal."""
+    goal = time.monotonic() + START_S
+    while not int(re.search(rf"{are}:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1], 16) & 1 << number - 1:
+        assert process.poll() is None and time.monotonic() < goal
+        time.sleep(0.01)
 
 
 def test_what_cannot_be_written_is_found_before_training_starts(tmp_path):
@@ -713,7 +728,7 @@ def test_a_flipped_bit_is_not_evaluated(cut):
 def test_ctrl_c_ends_a_measurement_without_a_traceback(whole, tmp_path):
     line = [sys.executable, "-m", "tnt_lightning.evaluate", f"run={whole}"]
     measuring = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    time.sleep(3)
+    until_signals(measuring, "SigCgt", signal.SIGTERM)
     measuring.send_signal(signal.SIGINT)
     _, said = measuring.communicate(timeout=100)
     assert measuring.returncode == 130 and "Traceback" not in said, said
