@@ -5,6 +5,8 @@ import json
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -19,6 +21,7 @@ from tnt_lightning.data import Digits, ImageNet
 from tnt_lightning.data.module import TrainOrder
 from tnt_lightning.data.splits import Held, carve
 from tnt_lightning.data.transforms import BatchTransform, eval_transform, random_affine, train_transform
+from tnt_lightning.data.workers import Forks
 from tnt_lightning.errors import UserError
 
 from . import layouts
@@ -248,6 +251,32 @@ def epoch_of(data, epoch=1, first_batch=0):
     data.begin = epoch, first_batch
     loader = data.train_dataloader()
     return loader, list(loader)
+
+
+STUCK = """
+import os, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from tnt_lightning.data import workers
+
+forks, workers.LIFE_S = Path(sys.argv[1]), 1.0
+
+def wait_for_ever():  # in the new process, before it runs a line of its own
+    forks.write_text(forks.read_text() + ".")
+    if len(forks.read_text()) in (1, 3, 4):
+        time.sleep(1000)
+
+os.register_at_fork(after_in_child=wait_for_ever)
+loader = DataLoader(range(8), batch_size=2, num_workers=2, multiprocessing_context=workers.context())
+print([batch.tolist() for batch in loader], len(forks.read_text()))
+"""
+
+
+def test_a_loader_process_that_hangs_in_its_fork_is_forked_anew(tmp_path, imagenet):
+    (tmp_path / "forks").touch()
+    done = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path / "forks")], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[[0, 1], [2, 3], [4, 5], [6, 7]] 5\n", done.stderr
+    assert isinstance(tiny(imagenet, num_workers=1).train_dataloader().multiprocessing_context, Forks)
 
 
 @pytest.mark.parametrize("first_batch", [0, 2])

@@ -23,8 +23,6 @@ from tnt_lightning.errors import UserError
 from tnt_lightning.sharding import Sharded
 from tnt_lightning.signals import Signals, name
 
-# Before loaders fork: where one of gloo's threads is just letting go of Python, the forked process of Python 3.11 waits for ever.
-QUIET_S = 0.2
 RESCALED = 40  # steps in a row without a finite gradient in float16: from its first scale to none at all are 16
 
 
@@ -163,8 +161,6 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier("together")  # whoever is late until here is not lost
         self._agreed = Agreement(trainer.world_size, self.timeout_s)
-        if trainer.world_size > 1:
-            time.sleep(QUIET_S)
         # Lightning's asks the device on every step, and hears the first rank alone.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if self.origin is not None:

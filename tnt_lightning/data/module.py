@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from tnt_lightning import signals
+from tnt_lightning.data import workers
 from tnt_lightning.data.archives import Archive, fetch
 from tnt_lightning.data.images import BrokenImage, decoded
 from tnt_lightning.data.splits import Held, Joined, Labelled, Splits, carve
@@ -373,6 +374,7 @@ class ImageDataModule(L.LightningDataModule):
             sampler=order,
             collate_fn=batch_of,
             num_workers=self.num_workers,
+            multiprocessing_context=workers.context() if self.num_workers else None,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=signals.in_a_worker,
