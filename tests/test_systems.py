@@ -247,7 +247,9 @@ def plain_t2t(state, images, *, depth, heads):
 @pytest.mark.parametrize("fused", [True, False])
 def test_t2t_equals_a_plain_reference(size, fused):
     knobs = dict(depth=2, num_heads=2, embed_dim=16, num_classes=5, token_dim=8)
-    model = shaken(T2TViT(image_size=size, **knobs)).double().eval()
+    model = T2TViT(image_size=size, **knobs).double().eval()
+    for parameter in model.parameters():  # near its start attention is almost an average, which hides a mistake in it
+        torch.nn.init.normal_(parameter, std=0.3)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
             module.fused_attn = fused
