@@ -109,6 +109,7 @@ def test_the_variants_of_table_5(number):
 PRODUCTS = {"aten::addmm", "aten::bmm", "aten::linear", "aten::matmul", "aten::_convolution"}
 
 
+@pytest.mark.filterwarnings("ignore:No handlers found")  # of activations, which are no products
 @pytest.mark.parametrize(
     "name, knobs",
     [
