@@ -17,6 +17,7 @@ from tnt_lightning import CONF
 
 os.environ["WANDB_MODE"] = "disabled"  # no test uploads anything; test_dashboard.py has an environment of its own
 PAPER = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "paper.yaml").read_text())
+FACTS = ("grid", "released", "publication")  # about a model, not choices of a run
 QUICK = ("recipe.epochs=2", "recipe.warmup_epochs=1", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1")
 
 
@@ -28,7 +29,7 @@ def compose(*overrides: str, with_hydra: bool = False):
 
 def resolved(*overrides: str) -> dict:
     config = compose(*overrides)
-    return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key not in ("grid", "released")}
+    return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key not in FACTS}
 
 
 def train(run: Path, *overrides: str) -> dict:

@@ -20,8 +20,9 @@ from tnt_lightning.errors import UserError
 
 from .conftest import command, compose
 
-TNTS = "tnt_b, tnt_digits, tnt_s, tnt_ti"
-MODELS = f"deit_s, {TNTS}"
+MODELS = ", ".join(sorted(path.stem for path in (CONF / "model").glob("*.yaml")))
+TNTS = ", ".join(name for name in MODELS.split(", ") if name.startswith("tnt_"))
+RELEASED = "deit_b, deit_s, deit_ti, regnety_16gf, regnety_8gf, resnet152, resnet50, tnt_b, tnt_s"
 MISTAKES = {
     # a misspelt key, with + and without
     "modle.depth=3": "modle.depth=3: no such key; did you mean model.depth?",
@@ -44,6 +45,8 @@ MISTAKES = {
     "trainer.limit_val_batches=9": "trainer.limit_val_batches=9: not set in this configuration; +trainer.limit_val_batches=9 adds it",
     "trainer.max_epoch=9": "trainer.max_epoch=9: not among the arguments that conf/trainer/ names; did you mean trainer.max_epochs?; +",
     "recipe.augmentation.mixup=1": "recipe.augmentation.mixup=1: not set in this configuration; +recipe.augmentation.mixup=1 adds it",
+    "model=timm model.name=tnt": "model.name='tnt' is no model of timm ",
+    "model=pvt_small image_size=40": "image_size=40: 40 is not a multiple of 32, the pixels from one token to the next; try 32 or 64",
     # an unknown option, with the list
     "model=tnt_xl": f"model=tnt_xl not found; available: {MODELS}",
     "data=cifar": "data=cifar not found; available: cifar10, cifar100, digits, flowers, folder, imagenet, imagenet_stream, inat2018",
@@ -86,7 +89,7 @@ MISTAKES = {
     "data.image_size=16": "data.image_size=16 is at odds with image_size=8; set image_size alone",
     # weights, runs and data that are not there, or others
     "weights=/nowhere": "/nowhere: no such run directory or file; weights also come from hf-hub:OWNER/NAME, or as `released`",
-    "weights=released": "weights=released: timm publishes deit_s, tnt_b, tnt_s with the knobs of conf/model/; this network is none of them",
+    "weights=released": f"weights=released: timm publishes {RELEASED} with the knobs of conf/model/; this network is none of them",
     "weights=https://example.org/x.pth": "https://example.org/x.pth: a URL is not loaded from",
     "resume=/nowhere": "/nowhere: no such run directory",
     "data=imagenet": "data.root is not set; give the folder that holds the images: data.root=/path/to/them; get it from https://image-net",
@@ -114,7 +117,7 @@ MISTAKES = {
     "+trainer.logger=true": "trainer.logger=True: set by the framework itself; leave it out",
     # the command line itself
     "logger=null": "logger=null: logger= takes the name of a file: csv, none, wandb",
-    "model=[tnt_s,[1]]": "model=[tnt_s,[1]]: model= takes the name of a file: deit_s, tnt_b,",
+    "model=[tnt_s,[1]]": "model=[tnt_s,[1]]: model= takes the name of a file: deit_b, deit_s, deit_ti,",
     "~logger": "logger: missing, or not a section of keys; a run needs logger=NAME",
     "~recipe.ema_decay": "recipe.ema_decay: missing; a run needs it",
     "~data.batch_size": "data.batch_size: missing; a run needs it",

@@ -101,7 +101,7 @@ def test_create_model_takes_knobs_and_names_what_it_does_not_know():
     with torch.device("meta"):
         model = create_model("tnt_s", inner_heads=2, num_classes=7, in_chans=1)
     assert model.blocks[0].inner.attn.num_heads == 2 and model.head.out_features == 7 and model.word_embed.proj.in_channels == 1
-    with pytest.raises(UserError, match="'tnt_x' not found; available: deit_s, tnt_b, tnt_digits, tnt_s, tnt_ti"):
+    with pytest.raises(UserError, match=f"'tnt_x' not found; available: {', '.join(model_names())}"):
         create_model("tnt_x")
     with pytest.raises(UserError, match="model.heads=2: no such knob; did you mean model.(inner|outer)_heads"):
         create_model("tnt_s", heads=2)
@@ -125,7 +125,7 @@ def test_a_config_does_not_choose_what_code_runs(section):
 # ---- ablations
 
 
-@pytest.mark.parametrize("model", TNTS)
+@pytest.mark.parametrize("model", [name for name in TNTS if not name.startswith("tnt_s_")])
 @pytest.mark.parametrize("ablation", options("ablation"))
 def test_every_row_of_every_ablation_builds(model, ablation):
     config = compose(f"ablation={ablation}", f"model={model}", with_hydra=True)
@@ -144,6 +144,7 @@ def test_every_row_of_every_ablation_builds(model, ablation):
 
 def test_the_ablations_of_tnt_s_are_the_papers():
     grid = compose("model=tnt_s").grid
+    assert all(compose(f"model=tnt_s_{number}").grid == grid for number in (1, 2, 3, 4))
     paper = PAPER["ablations"]
     for knob in ("inner_heads", "words_per_patch", "position_encoding", "se"):
         assert list(grid[knob]) == list(paper[knob])

@@ -45,7 +45,7 @@ def test_a_users_own_model_trains_and_is_named_in_answers(tmp_path, mine):
     same = create_model("tnt_digits", outer_dim=48, in_chans=1, num_classes=10)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["parameters"] == sum(p.numel() for p in same.parameters())
     for override, line in (
-        ("model=litle", "model=litle not found; available: deit_s, little, tnt_b"),
+        ("model=litle", "model=litle not found; available: deit_b, deit_s, deit_ti, efficientnet_b3, efficientnet_b4, little, pvt_medium"),
         ("modle.depth=3", "modle.depth=3: no such key; did you mean model.depth?"),
     ):
         done = subprocess.run([TRAIN, "--config-dir", mine, "model=little", override], cwd=tmp_path, capture_output=True, text=True)
@@ -56,7 +56,7 @@ def test_a_users_own_model_trains_and_is_named_in_answers(tmp_path, mine):
 @pytest.mark.parametrize(
     "script, typed, wanted",
     [
-        ("tnt-train", "model=tnt_", {"model=tnt_b", "model=tnt_digits", "model=tnt_s", "model=tnt_ti"}),
+        ("tnt-train", "model=tnt_", {f"model=tnt_{name}" for name in ("b", "digits", "s", "s_1", "s_2", "s_3", "s_4", "ti")}),
         ("tnt-train", "optimizer.l", {"optimizer.lr="}),
         ("tnt-evaluate", "ru", {"run="}),
     ],

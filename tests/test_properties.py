@@ -29,7 +29,7 @@ from tnt_lightning.models.tnt import TNT
 from tnt_lightning.models.weights import load_weights
 from tnt_lightning.schema import KINDS
 
-from .conftest import command, compose
+from .conftest import FACTS, command, compose
 
 MANY = int(os.environ.get("TNT_LIGHTNING_EXAMPLES", "1"))  # times as many examples, at random: a search by hand
 
@@ -264,7 +264,7 @@ def whole(base: str) -> Any:
 
 @functools.cache
 def keys(base: str) -> list[str]:
-    return sorted({*KINDS, *(key for key in keys_of(whole(base)) if not key.startswith(("grid", "released")))})
+    return sorted({*KINDS, *(key for key in keys_of(whole(base)) if not key.startswith(FACTS))})
 
 
 @st.composite

@@ -290,6 +290,13 @@ def test_each_data_set_is_compared_by_its_own_figure(tmp_path, capsys):
     [
         (["model=tnt_s"], (81.5, "Table 4")),
         (["model=deit_s"], (79.8, "Table 4")),
+        (["model=pvt_medium"], (81.2, "Table 4")),
+        (["model=efficientnet_b4"], (82.9, "Table 4")),
+        (["model=efficientnet_b4", "image_size=224"], None),
+        (["model=tnt_s_3"], (81.1, "Table 5: TNT-S, ImageNet")),
+        (["model=timm"], None),
+        (["model=timm", "model.name=resnet50"], (76.2, "Table 4")),
+        (["model=vit_b_16"], (77.9, "Table 4")),
         (["model=tnt_s", "inner_heads=6"], (81.3, "Table 7: TNT-S, ImageNet")),
         (["model=tnt_s", "words_per_patch=64", "inner_heads=2"], (81.0, "Table 8: TNT-S, ImageNet")),
         (["model=tnt_s", "se=true"], (81.7, "Table 12: TNT-S, ImageNet")),

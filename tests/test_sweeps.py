@@ -551,7 +551,7 @@ def test_jobs_at_the_same_time_share_the_cores(tmp_path, monkeypatch):
         (["seed=0,1", "trainer.devices=[0,1]"], "seed=0: trainer.devices=[0,1]: a job's devices are chosen by the sweep"),
         (["seed=0,1", "trainer.num_nodes=2"], "seed=0: trainer.num_nodes=2: a job of this launcher runs on one machine"),
         (["seed=0,1", "trainer.devices=3", "hydra.launcher.gpus=[0,1]"], "seed=0: trainer.devices=3, and the sweep has 2 GPUs"),
-        (["seed=0,1", "model=tnt_s,nope"], "model=nope not found; available: deit_s, tnt_b"),
+        (["seed=0,1", "model=tnt_s,nope"], "model=nope not found; available: deit_b, deit_s, deit_ti"),
         (["seed=0,1", "hydra.sweep.subdir=one"], "seed=0 and seed=1: both would lie in "),
         (["seed=0,1", "hydra.launcher.gpus=2", "hydra.launcher.jobs=2"], "hydra.launcher.gpus=2: "),
         (["seed=0,1", "resume=latest"], "seed=0: resume=latest: a sweep goes on by the same command"),

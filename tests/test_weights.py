@@ -28,6 +28,7 @@ from tnt_lightning.models.weights import _card
 
 from .conftest import PAPER, command, resolved, train
 
+RELEASED = ["deit_b", "deit_s", "deit_ti", "regnety_16gf", "regnety_8gf", "resnet152", "resnet50", "tnt_b", "tnt_s"]
 TWINS = {"tnt_s": "tnt_s_patch16_224", "tnt_b": "tnt_b_patch16_224"}
 # timm's names -> those of the official code, as timm itself renames them the other way round on loading.
 OFFICIAL = {
@@ -333,12 +334,12 @@ def test_released_weights_are_timms_and_their_figures_the_papers():
         if card := _card(name):
             assert card["hub"].removeprefix("timm/") in published and "legacy" not in card["hub"]
             assert card["top1"] == PAPER["imagenet"][name]["top1"]
-    assert [name for name in model_names() if _card(name)] == ["deit_s", "tnt_b", "tnt_s"]
+    assert [name for name in model_names() if _card(name)] == RELEASED
 
 
 @pytest.mark.parametrize("name, knobs", [("tnt_ti", {}), ("tnt_s", dict(inner_heads=2)), ("tnt_s", dict(se=True)), ("tnt_digits", {})])
 def test_what_was_never_released_is_said(name, knobs):
-    with pytest.raises(UserError, match=r"weights=released: .*deit_s, tnt_b, tnt_s with the knobs of conf/model/; this network is none"):
+    with pytest.raises(UserError, match=r"weights=released: .*resnet50, tnt_b, tnt_s with the knobs of conf/model/; this network is none"):
         load_weights(create_model(name, **knobs), "released")
 
 
@@ -385,7 +386,7 @@ except ValueError as error:
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name", ["deit_s", "tnt_b", "tnt_s"])
+@pytest.mark.parametrize("name", RELEASED)
 def test_released_weights_give_timms_logits(name):
     theirs = timm.create_model(_card(name)["hub"].removeprefix("timm/"), pretrained=True).eval()
     ours = create_model(name).eval()

@@ -18,7 +18,8 @@ from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
-SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "logger", "grid", "released")
+SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "logger", "grid", "released", "publication")
+PUBLICATION = ("mean", "std", "crop_pct", "interpolation", "drop_path_rate", "clip_grad")  # what a model's own has instead of the recipe's
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
 
 
@@ -119,6 +120,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
         "": KEYS,
         "recipe.": tuple(map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))),
         "recipe.augmentation.": AUGMENTATIONS,
+        "publication.": PUBLICATION,
         "data.augmentation.": AUGMENTATIONS,
         **{f"{name}.": tuple(map(str, OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), name))) for name in ("checkpoint", "faults")},
         "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
@@ -138,7 +140,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
 def plain(config: DictConfig) -> dict[str, Any]:
     """A configuration as a run keeps it."""
     values: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), resolve=True)
-    for key in ("grid", "released"):  # facts about the model, not choices of this run
+    for key in ("grid", "released", "publication"):  # facts about the model, not choices of this run
         values.pop(key, None)
     return values
 

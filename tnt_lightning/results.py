@@ -411,9 +411,10 @@ def published(config: dict[str, Any], knobs: dict[str, Any]) -> Published | None
     """The paper's top-1 of a configuration, else that of TNT-S on ImageNet with the same value of the one knob that is swept."""
     name, data, side = _file(config, "model"), _set(config), text(config.get("image_size"))
     changed = {} if name is None else {knob: config[knob] for knob in KNOBS if knob in config and config[knob] != _default(name, knob)}
-    if name is not None and data == "imagenet" and side in ("224", "[224,224]"):
-        if not changed and name in PAPER["imagenet"]:
-            return Published(PAPER["imagenet"][name]["top1"], "Table 4")
+    row = PAPER["imagenet"].get(name)
+    if row is not None and data == "imagenet" and side in (f"{row['resolution']}", "[{0},{0}]".format(row["resolution"])):
+        if not changed:
+            return Published(row["top1"], "Table 4")
         if name == "tnt_s" and len(changed) == 1:
             return ablated(*next(iter(changed.items())))
         if name == "tnt_s" and changed.keys() == {"words_per_patch", "inner_heads"}:  # Table 8 has rows whose heads had to change
@@ -451,9 +452,12 @@ def _set(config: dict[str, Any]) -> str | None:
 
 def _file(config: dict[str, Any], group: str) -> str | None:
     """The file in conf/GROUP/ that a run's model or data set is of, by what makes it that one."""
+    if "model.name" in config:  # of model=timm: timm's model_name
+        config = {**config, "model.model_name": config["model.name"]}
     for name, file in _files(group).items():
         if "_target_" in file[group]:
             kept = {key: value for key, value in file[group].items() if "drop" not in key and "${" not in str(value)}
+            kept = {"model_name" if key == "name" else key: value for key, value in kept.items()}
             kept = {key: kept[key] for key in ("_target_", "year") if key in kept} if group == "data" else kept
             if f"{group}._target_" in config and all(config.get(f"{group}.{key}", value) == value for key, value in kept.items()):
                 return name

@@ -1,5 +1,6 @@
 """Backbones: plain torch modules that know nothing of Lightning, Hydra or W&B."""
 
+from collections.abc import Callable
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -7,37 +8,35 @@ from torch import nn
 
 from tnt_lightning import CONF
 from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.models import timm
+from tnt_lightning.models.pvt import PVT
+from tnt_lightning.models.t2t_vit import T2TViT
 from tnt_lightning.models.tnt import TNT, Explanation
 
-__all__ = ["TNT", "Explanation", "build_model", "create_model"]
+__all__ = ["PVT", "TNT", "Explanation", "T2TViT", "build_model", "create_model"]
+
+
+OURS: dict[str, Callable[..., nn.Module]] = {f"tnt_lightning.models.{kind.__name__}": kind for kind in (TNT, PVT, T2TViT)}
 
 
 def build_model(*, _target_: str = "", **knobs: Any) -> nn.Module:
     """The backbone that a config's `model` section describes. ValueError for knobs that do not fit, or a target that is not known.
 
-    Only the names below are built: a config that came with somebody's run directory must not choose what code runs.
+    Only ours and timm's are built: a config that came with somebody's run directory must not choose what code runs.
     """
-    if _target_ == "tnt_lightning.models.TNT":
-        known = TNT.__init__.__kwdefaults__ or {}
-        if unknown := sorted(set(knobs) - set(known)):
-            near = did_you_mean(f"model.{unknown[0]}", [f"model.{knob}" for knob in known], f"TNT has {', '.join(sorted(known))}")
-            raise UserError(f"model.{unknown[0]}={knobs[unknown[0]]}: no such knob{near}")
-        return TNT(**knobs)
-    if _target_ == "timm.create_model":
-        import timm
-
-        name = knobs.pop("model_name", None)
-        if loading := [knob for knob in knobs if knob.startswith(("pretrained", "checkpoint", "cache"))]:
-            raise UserError(f"model.{loading[0]}={knobs[loading[0]]}: a model is built without weights; weights= loads them, as data only")
-        if not isinstance(name, str) or not timm.is_model(name):  # also keeps out timm's hf-hub: and local-dir: sources
-            raise UserError(f"model.model_name={name!r} is no model of timm {timm.__version__}")
-        try:
-            model = timm.create_model(name, pretrained=False, **knobs)
-        except Exception as error:  # timm's code, on the user's values
-            raise UserError(f"model.model_name={name}: {' '.join(str(error).split())}") from error
-        model.knobs = {"model_name": name, **knobs}  # type: ignore[assignment]  # tells weights of another network from its own
-        return model
-    raise UserError(f"model._target_={_target_!r} is not built from a config; known: tnt_lightning.models.TNT, timm.create_model")
+    if _target_ == timm.TARGET:
+        return timm.build(**knobs)
+    if not isinstance(_target_, str) or _target_ not in OURS:
+        raise UserError(f"model._target_={_target_!r} is not built from a config; known: {', '.join([*OURS, timm.TARGET])}")
+    kind = OURS[_target_]
+    known = kind.__init__.__kwdefaults__ or {}
+    if unknown := sorted(set(knobs) - set(known)):
+        near = did_you_mean(f"model.{unknown[0]}", [f"model.{knob}" for knob in known], f"{kind.__name__} has {', '.join(sorted(known))}")
+        raise UserError(f"model.{unknown[0]}={knobs[unknown[0]]}: no such knob{near}")
+    model = kind(**knobs)
+    if not isinstance(model, TNT):
+        model.knobs = knobs  # type: ignore[assignment]  # tells weights of another network from its own, as of timm's
+    return model
 
 
 def model_names() -> list[str]:
@@ -45,7 +44,7 @@ def model_names() -> list[str]:
     return sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
 
 
-def create_model(name: str, **knobs: Any) -> nn.Module:
+def create_model(name: str, /, **knobs: Any) -> nn.Module:
     """The bare backbone of conf/model/NAME.yaml, with random weights, for 1,000 classes and three channels unless told.
 
     knobs: the arguments of the model itself, such as `inner_heads=2`, `num_classes=10`, `image_size=384`.

@@ -34,6 +34,19 @@ def check_rates(**rates: float) -> None:
             raise UserError(f"{name}={rate!r} is not a rate from 0 to below 1")
 
 
+def check_mlp_ratio(mlp_ratio: float, narrowest: int, *, usual: int = 4) -> None:
+    numeric = isinstance(mlp_ratio, (int, float)) and not isinstance(mlp_ratio, bool)
+    if not numeric or not mlp_ratio <= 1_000 or not narrowest * mlp_ratio >= 1:
+        raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit, or more than a thousand for each; the paper's is {usual}")
+
+
+def check_stages(name: str, values: Sequence[float], count: int, *, highest: int = LARGEST) -> None:
+    """A whole number of at least 1 for each stage."""
+    listed = isinstance(values, Sequence) and not isinstance(values, str)
+    if not listed or len(values) != count or any(type(value) is not int or not 1 <= value <= highest for value in values):
+        raise UserError(f"{name}={values!r} is not a list of {count} whole numbers from 1 to {highest:,}, one for each stage")
+
+
 def check_words(words_per_patch: int, patch_size: int) -> None:
     if words_per_patch not in word_counts(patch_size):
         raise UserError(
@@ -47,18 +60,18 @@ def check_heads(where: str, heads: int, dim: int) -> None:
         raise UserError(f"{where}_heads={heads} does not divide {where}_dim={dim}; try one of {divisors(dim)}")
 
 
-def check_image(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
+def check_image(image_size: int | Sequence[int], step: int, *, what: str = "") -> tuple[int, int]:
+    """(height, width), multiples of `step`, which is a patch_size unless `what` says what it is."""
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size) if isinstance(image_size, Sequence) else ()
     if len(size) != 2:
         raise UserError(f"image_size={image_size!r} is neither a number nor (height, width)")
     check_whole(**{"image_size": size[0]})
     check_whole(**{"image_size": size[1]})
     for side in size:
-        if below := side % patch_size:
-            fits = [n for n in (side - below, side - below + patch_size) if n]
-            raise UserError(
-                f"image_size={image_size!r}: {side} is not a multiple of patch_size={patch_size}; try {' or '.join(map(str, fits))}"
-            )
+        if below := side % step:
+            fits = [n for n in (side - below, side - below + step) if n]
+            of = f"{step}, {what}" if what else f"patch_size={step}"
+            raise UserError(f"image_size={image_size!r}: {side} is not a multiple of {of}; try {' or '.join(map(str, fits))}")
     return size[0], size[1]
 
 

@@ -255,9 +255,7 @@ class TNT(nn.Module):
         knobs.check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
         knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
         knobs.check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
-        numeric = isinstance(mlp_ratio, (int, float)) and not isinstance(mlp_ratio, bool)
-        if not numeric or not mlp_ratio <= 1_000 or not min(inner_dim, outer_dim) * mlp_ratio >= 1:
-            raise UserError(f"mlp_ratio={mlp_ratio!r} leaves the MLPs no hidden unit, or more than a thousand for each; the paper's is 4")
+        knobs.check_mlp_ratio(mlp_ratio, min(inner_dim, outer_dim))
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
             if not isinstance(value, bool):
                 raise UserError(f"{name}={value!r} is neither true nor false")

@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from tnt_lightning import CONF, runs
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, create_model, model_names
+from tnt_lightning.models.contract import STRIDE, ClassTokenBackbone
+from tnt_lightning.models.knobs import check_image
+from tnt_lightning.models.timm import by_one_name
 from tnt_lightning.models.tnt import TNT, PlainBlock, TNTBlock
 
 HUB = "hf-hub:"
@@ -251,7 +254,7 @@ def _released_shapes() -> dict[str, dict[str, Any]]:
 
 
 def _shapes(model: nn.Module) -> dict[str, Any]:
-    free = {_position(model), *_head_names(model)}
+    free = {*_positions(model), *_head_names(model)}
     same = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in free}
     return same | _unseen_knobs(model) | {"global_pool": getattr(model, "global_pool", None)}
 
@@ -294,7 +297,7 @@ def _refuse_legacy(source: str, name: str) -> None:
 
 
 def _unseen_knobs(model: nn.Module) -> dict[str, Any]:
-    """What makes another network of parameters of the same shapes; of timm's models every argument, but for sizes and rates."""
+    """What makes another network of parameters of the same shapes; of others every argument, but for sizes and rates."""
     if not isinstance(model, TNT):
         return _telling(getattr(model, "knobs", {}))
     found = {"patch_size": model.patch_size}
@@ -307,15 +310,17 @@ def _unseen_knobs(model: nn.Module) -> dict[str, Any]:
 
 
 def _telling(knobs: dict[str, Any]) -> dict[str, Any]:
-    free = ("_target_", "img_size", "in_chans", "num_classes", "global_pool")
-    return {name: value for name, value in knobs.items() if name not in free and "drop" not in name}
+    free = ("_target_", "image_size", "img_size", "in_chans", "num_classes", "global_pool")
+    return {name: value for name, value in by_one_name(knobs).items() if name not in free and "drop" not in name}
 
 
 def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
     """`state` with position encodings for the image size of the model, and a line where that changed them."""
-    name = _position(model)
-    before = state.get(name)
+    if isinstance(model, ClassTokenBackbone):
+        return _resized_stages(model, state, found)
     if isinstance(model, TNT):
+        name = "sentence_position"
+        before = state.get(name)
         if before is None or model.sentence_position is None or before.ndim != 3 or len(before) != 1 or before.shape[1] < 2:
             return state, []
         old, new = _grid(found.knobs, before.shape[1] - 1, model.patch_size), model.grid_size
@@ -323,6 +328,8 @@ def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple
             return state, []
         resized = resample_abs_pos_embed(before, list(new), list(old), num_prefix_tokens=1)
         return state | {name: resized}, [f"{name} resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} sentences"]
+    name = "pos_embed"
+    before = state.get(name)
     if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
         # timm's own way to take up the names and sizes of its models' origins.
         try:
@@ -335,8 +342,28 @@ def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple
     return state, [f"{name} resized from {before.shape[1]} to {after.shape[1]} tokens"]
 
 
-def _position(model: nn.Module) -> str:
-    return "sentence_position" if isinstance(model, TNT) else "pos_embed"  # timm's name
+def _resized_stages(model: ClassTokenBackbone, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
+    """As above, of backbones that have encodings at several resolutions."""
+    lines = []
+    for name, (new, prefix) in model.positions(model.image_size).items():
+        before = state.get(name)
+        if before is None or before.ndim != 3 or len(before) != 1 or before.shape[1] <= prefix:
+            continue
+        old = _square(before.shape[1] - prefix)
+        if (size := found.knobs.get("image_size")) is not None:
+            old = model.positions(check_image(size, model.stride, what=STRIDE))[name][0]
+        if old is None or old == new or before.shape[1] != prefix + old[0] * old[1]:
+            continue
+        state = state | {name: resample_abs_pos_embed(before, list(new), list(old), num_prefix_tokens=prefix)}
+        lines.append(f"{name} resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} tokens")
+    return state, lines
+
+
+def _positions(model: nn.Module) -> set[str]:
+    """What depends on the image size."""
+    if isinstance(model, ClassTokenBackbone):
+        return set(model.positions(model.image_size))
+    return {"sentence_position" if isinstance(model, TNT) else "pos_embed"}  # timm's name
 
 
 def _grid(knobs: dict[str, Any], sentences: int, patch_size: int) -> tuple[int, int] | None:
@@ -345,8 +372,12 @@ def _grid(knobs: dict[str, Any], sentences: int, patch_size: int) -> tuple[int, 
     if size is not None:
         height, width = size if isinstance(size, list) else (size, size)
         return height // patch_size, width // patch_size
-    side = isqrt(sentences)
-    return (side, side) if side * side == sentences else None
+    return _square(sentences)
+
+
+def _square(tokens: int) -> tuple[int, int] | None:
+    side = isqrt(tokens)
+    return (side, side) if side * side == tokens else None
 
 
 def _head_names(model: nn.Module) -> list[str]:
