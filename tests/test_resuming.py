@@ -522,6 +522,7 @@ def test_a_second_signal_ends_at_once_also_a_process_that_is_stuck(tmp_path):
 
 
 def _in_a_terminal(run: Path, arguments: Sequence[str]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests themselves run under
     os.setsid()
     terminal = os.open((run.parent / "terminal").read_text(), os.O_RDWR)  # the first one of a session is the one that it hangs on
     for stream in (0, 1, 2):
