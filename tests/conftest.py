@@ -45,6 +45,15 @@ def command(name: str, *arguments: str, cwd: Path, timeout: int = 240, env: dict
     return subprocess.run(line, cwd=cwd, env={**env, "COLUMNS": "200"}, capture_output=True, text=True, timeout=timeout)
 
 
+@pytest.fixture(autouse=True)
+def _environment():
+    """As it was before: what W&B and Lightning set in this process is not for the commands of the next test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def ended(monkeypatch, capsys, tmp_path):
     """(exit code, the lines on stderr that are ours, all of stderr) of a command in this process: imports take most of a command's time."""

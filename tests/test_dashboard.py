@@ -49,7 +49,17 @@ def nobody(tmp_path_factory, monkeypatch):
     for key in os.environ.keys() - env.keys():
         monkeypatch.delenv(key)
     monkeypatch.setenv("HOME", env["HOME"])
-    return monkeypatch
+    _forget()
+    yield monkeypatch
+    _forget()
+
+
+def _forget() -> None:
+    """What W&B holds in this process: a session with the server and the user of whoever was here before."""
+    import wandb
+
+    with suppress(Exception):  # its service may be dead, or stopped
+        dashboard._within(10, wandb.teardown)
 
 
 def train(run: Path, *overrides: str) -> dict:
