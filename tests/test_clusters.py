@@ -309,7 +309,7 @@ def test_a_ray_without_gpus_says_so_and_refuses_what_it_never_has(tmp_path):
         )
         assert set(sweep.states().values()) == {"stopped"}
         claims = "trainer.devices=3 with hydra.launcher.cpus_per_device=1 each, and no machine of Ray's has more than 2 cores"
-        assert f"error: seed=0: {claims}; lower one of the two" in Sweep(tmp_path, "seed=0,1", "trainer.devices=3", *ray, **env).ended(2)
+        assert f"error: seed=3: {claims}; lower one of the two" in Sweep(tmp_path, "seed=3,4", "trainer.devices=3", *ray, **env).ended(2)
     finally:
         below = children(head.pid)
         os.killpg(head.pid, signal.SIGKILL)  # a SIGTERM it thinks over for half a minute

@@ -251,6 +251,8 @@ class Ray:
     def __init__(self, *, address: str | None, gpus: int | None, cpus: int | None, cpus_per_device: int):
         _need("ray", "ray")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        # Where `uv run` has started this, Ray would start its processes by it, too, each in an environment that is made for it.
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
         # Otherwise a task without GPUs would see those of its machine.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
         import ray
