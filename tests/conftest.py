@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+import torch
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -52,6 +53,15 @@ def _environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Of torch: small tensors are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -40,12 +40,7 @@ def examples(n: int) -> settings:
     return settings(max_examples=n * MANY, derandomize=MANY == 1, database=None, deadline=None, suppress_health_check=checks)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors this small are slower on two
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- TNT's knobs
