@@ -1,5 +1,6 @@
 """From a resolved configuration, plain data, to the objects of a run."""
 
+import copy
 import inspect
 import math
 import os
@@ -20,7 +21,7 @@ from tnt_lightning.curves import Curves
 from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
-from tnt_lightning.models import build_model
+from tnt_lightning.models import build_model, own
 
 Config = dict[str, Any]
 _THREADS = torch.get_num_threads()  # torch's own choice, before a job of a sweep set another
@@ -56,7 +57,23 @@ def build_classifier(config: Config) -> Classifier:
     classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
     if config["trainer"]["strategy"] == "fsdp":
         sharding.refuse(classifier.backbone)
+    if own.allowed(config["model"]["_target_"]):
+        _refuse_other_outputs(config, classifier.backbone)
     return classifier
+
+
+def _refuse_other_outputs(config: Config, backbone: torch.nn.Module) -> None:
+    """Of a network of the user's own, which may give anything, and would be trained on logits for other classes without a word."""
+    data = config["data"]
+    side = data["image_size"]
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    with torch.no_grad():
+        logits = shadow(torch.empty(2, data["in_chans"], *([side, side] if isinstance(side, int) else side), device="meta"))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, data["num_classes"]):
+        gives = f"the shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise UserError(
+            f"model._target_={config['model']['_target_']}: gives {gives} for 2 images; a backbone gives logits, (2, {data['num_classes']})"
+        )
 
 
 def _refuse_too_large(config: Config) -> None:
