@@ -92,6 +92,15 @@ def _refuse_too_large(config: Config) -> None:
         )
 
 
+def speed_up(classifier: Classifier, compute: Config) -> None:
+    """Before the training of a network, which is changed in place and keeps its names: what the `compute` section asks for."""
+    torch.set_float32_matmul_precision("high" if compute["tf32"] else "highest")
+    if compute["channels_last"]:
+        classifier.backbone.to(memory_format=torch.channels_last)  # images follow the first weights
+    if compute["compile"]:
+        classifier.backbone.compile()
+
+
 def build_trainer(
     config: Config,
     *,
@@ -104,7 +113,7 @@ def build_trainer(
     torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
-        arguments["precision"] = _precision(arguments["accelerator"])
+        arguments["precision"] = best_precision(arguments["accelerator"])
     if arguments["precision"] in ("bf16-true", "16-true") and config["recipe"]["ema_decay"]:
         raise UserError(
             f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
@@ -172,7 +181,7 @@ def _refuse_sections(section: str, arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{section}.{name}={value}: a section; the arguments of the {section} are plain values")
 
 
-def _precision(accelerator: str) -> str:
+def best_precision(accelerator: str) -> str:
     """bfloat16 on a GPU that has it, otherwise float16 with scaling; float32 elsewhere."""
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"

@@ -26,7 +26,7 @@ from tnt_lightning.errors import UserError, one_line
 # Of a configuration: a run with others is a run of the same row. data.root is one of them where a published set lies in it.
 FREE = ("seed", "data.seed", "resume", "faults.timeout_s", "data.num_workers", "data.cache", "data.cache_dir", "data.cache_gb",
         "data.download", "trainer.enable_progress_bar", "trainer.log_every_n_steps")  # fmt: skip
-FREE_SECTIONS = ("logger.", "checkpoint.")
+FREE_SECTIONS = ("logger.", "checkpoint.", "compute.")
 # Inside the package when installed from a wheel, in experiments/ in a checkout.
 _PLACES = (Path(__file__).parent / "paper.yaml", Path(__file__).parents[1] / "experiments" / "paper.yaml")
 PAPER: dict[str, Any] = yaml.safe_load(next(file for file in _PLACES if file.is_file()).read_text())
