@@ -5,7 +5,6 @@ Where these differ from the paper by more than its rounding, a line below the ta
 
 import functools
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +13,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from rich.table import Column, Table
+from rich.text import Text
 
 from tnt_lightning import CONF
 from tnt_lightning.cli import Parser, fail
@@ -40,6 +39,7 @@ LEGEND = (
 DIMENSIONS = {"depth": "depth", "inner_dim": "c", "inner_heads": "inner heads", "outer_dim": "d", "outer_heads": "outer heads"}
 SIZES = {"params_m": "M", "flops_g": "GMAC"}
 SAID = {"params_m": "{} M", "flops_g": "{} GMAC", "top1": "top-1 {}"}
+WIDE = 10_000  # columns
 HALF = 0.05  # of the last digit that the paper prints of parameters, FLOPs and top-1
 RECIPE = {"trainer.max_epochs": "epochs", "data.batch_size": "batch_size", "optimizer.lr": "lr"}  # a run's key -> paper.yaml's
 
@@ -108,7 +108,7 @@ def lines(number: int) -> list[Line]:
         sets = ("imagenet", "cifar10", "cifar100", "flowers", "pets", "inat2019")
         found = [_line("transfer", name, name, side=384, data=data) for name in PAPER["transfer"] for data in sets]
         for line in found:
-            line.paper = {"params_m": line.paper["params_m"], "top1": line.paper[line.where.data]}
+            line.paper = {"params_m": line.paper["params_m"], "top1": line.paper[str(line.where.data)]}
         return found
     knob = {8: "words_per_patch", 12: "se"}[number]
     return [_line("ablations", value, "tnt_s", of=knob, **{knob: value}) for value in PAPER["ablations"][knob]]
@@ -150,7 +150,7 @@ def _counted(model: str, side: int, data: str, knobs: str) -> dict[str, Any]:
     if data == "imagenet":  # another head changes the fourth digit, and counting takes most of the time
         found["flops_g"] = flops(network, (3, side, side)) / 1e9
     if isinstance(network, TNT):
-        words = next(block for block in network.blocks if hasattr(block, "inner"))
+        words: Any = next(block for block in network.blocks if hasattr(block, "inner"))
         found |= {
             "depth": len(network.blocks),
             "inner_dim": network.word_embed.proj.out_channels,
@@ -216,24 +216,23 @@ def _is_other(line: Line, row: Row) -> bool:
 
 
 def show(numbers: Sequence[int], results: Results | None) -> None:
-    console = Console()
+    console, errors = Console(), Console(stderr=True)
     if not console.is_terminal:
-        console = Console(width=10_000)  # into a file or a pipe all of it goes
+        console = Console(width=WIDE)  # into a file or a pipe all of it goes
     for sentence in LEGEND:
-        console.print(sentence, highlight=False, markup=False)
+        console.print(Text(sentence))
     named: list[int] = []
     for number in numbers:
         table = lines(number)
-        progress = Console(stderr=True)
-        for line in track(table, f"Table {number}", console=progress, transient=True, disable=not progress.is_terminal):
+        for line in track(table, f"Table {number}", console=errors, transient=True, disable=not errors.is_terminal):
             count(line)
         named += [id(row) for row in of_runs(table, results)] if results else []
-        console.print(f"\nTable {number}: {TITLES[number]}", style="bold", highlight=False)
-        console.print(_table(number, table))
+        console.print(Text(f"\nTable {number}: {TITLES[number]}", style="bold"))
+        _print(console, [cells for line in table for cells in _rows(number, line)], {line.name for line in table})
         for remark in remarks(table):
-            console.print(remark, highlight=False, markup=False)
+            console.print(Text(remark))
     for note in notes(results, named):
-        console.print(f"note   {note}", highlight=False, markup=False)
+        console.print(Text(f"note   {note}"))
 
 
 def notes(results: Results | None, named: Sequence[int]) -> Iterator[str]:
@@ -243,32 +242,41 @@ def notes(results: Results | None, named: Sequence[int]) -> Iterator[str]:
         return
     if not named:
         yield "none of the runs is of a row of these tables, so no top-1 is measured here"
+    others: dict[str, list[Path]] = {}
     for row in results.rows:
         if id(row) not in named:
             where = place(row.runs[0].config)
-            model = " ".join([where.model or "a model of none", *(f"{knob}={text(value)}" for knob, value in where.knobs.items())])
-            data, side = where.data or "data of none", "" if where.side is None else f" at {where.side}"
-            yield one_line(f"of no row here: {row.name}, {model} on {data}{side}, n={row.count} ({row.runs[0].folder})")
+            model = " ".join([where.model or "another model", *(f"{knob}={text(value)}" for knob, value in where.knobs.items())])
+            data = f"{where.data or 'other data'}{'' if where.side is None else f' at {where.side}'}"
+            others.setdefault(f"{model} on {data}", []).extend(run.folder for run in row.runs)
+    for what, folders in others.items():
+        some = "" if len(folders) == 1 else f"{len(folders)} runs, such as "
+        yield one_line(f"of no row here: {what} ({some}{folders[0]})")
     yield from results.notes
 
 
-def _table(number: int, table: Sequence[Line]) -> Table:
-    rows = [cells for line in table for cells in _rows(number, line)]
-    heads = [head for head in rows[0] if any(cells[head] for cells in rows) or ("top-1 paper" in rows[0] and head in ("top-1 here", "n"))]
-    words = ("", "data")
-    shown = Table(
-        *(
-            Column(
-                escape(head.replace(" ", "\n")), justify="left" if head in words else "right", overflow="fold", no_wrap=head not in words
-            )
-            for head in heads
-        ),
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+def _print(console: Console, rows: Sequence[dict[str, str]], names: set[str]) -> None:
+    """Closer together, and then without some columns, where a terminal is too narrow."""
+    for padding, without in (1, ()), (0, ()), (0, ("M live",)), (0, ("M live", "px")):
+        shown = _table(rows, names, padding, without, fold=console.is_terminal)
+        if Console(width=WIDE).measure(shown).maximum <= console.width:
+            break
+    console.print(shown)
+    if left := [head for head in without if any(cells[head] for cells in rows)]:
+        console.print(Text(f"not in a terminal this narrow: {', '.join(left)}"))
+
+
+def _table(rows: Sequence[dict[str, str]], names: set[str], padding: int, without: Sequence[str], *, fold: bool) -> Table:
+    always = ("top-1 here", "n") if any(cells["top-1 paper"] for cells in rows) else ()
+    heads = [head for head in rows[0] if head not in without and (head in always or any(cells[head] for cells in rows))]
+    longest = max(map(len, names))
+    columns = [
+        Column(min_width=longest, max_width=max(longest, 24) if fold else None, overflow="fold"),
+        *(Column(Text(head.replace(" ", "\n")), justify="left" if head == "data" else "right", no_wrap=True) for head in heads[1:]),
+    ]
+    shown = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, padding, 0, 0))
     for cells in rows:
-        shown.add_row(*(escape(cells[head]) for head in heads))
+        shown.add_row(*(Text(cells[head]) for head in heads))
     return shown
 
 
@@ -283,8 +291,7 @@ def _rows(number: int, line: Line) -> list[dict[str, str]]:
         if figure == "params_m":
             cells["M live"] = f"{line.here['live_m']:.3f}"
     cells["images/s paper"] = str(line.paper.get("images_per_s", ""))
-    if "top1" in line.paper:
-        cells["top-1 paper"] = "" if line.paper["top1"] is None else f"{line.paper['top1']:.1f}"
+    cells["top-1 paper"] = "" if line.paper.get("top1") is None else f"{line.paper['top1']:.1f}"
     runs = [{"top-1 here": "*" * _is_other(line, row) + with_deviation(row, row.figure), "n": row.count} for row in line.measured]
     blank = dict.fromkeys([*cells, "top-1 here", "n"], "")
     if len(runs) < 2:
