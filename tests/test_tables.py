@@ -49,7 +49,7 @@ def read(printed: str) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
         words |= {end: f"{match[0]} {words.get(end, '')}".strip() for match in re.finditer(r"\S+", upper) for end in [match.end()]}
         rows = []
         for line in rest[: next(at for at, line in enumerate(rest) if not line.strip())]:
-            cells = {head: "" for head in words.values()}
+            cells = dict.fromkeys(words.values(), "")
             for match in re.finditer(r"\S+(?: \S+)*", line):
                 head = words.get(match.end())
                 cells[head if head is not None else "name" if match.start() < 4 else "data"] = match[0]
@@ -114,7 +114,9 @@ def test_no_difference_is_without_a_remark_and_no_remark_without_a_difference(wh
     for number, (rows, remarks) in read(whole).items():
         differing = differences(number, rows)
         for name, here in differing:
-            assert [line for line in remarks if line.startswith(f"{name}: ") and here in line.split(" here: ")[0]], f"Table {number}, {name}"
+            assert [line for line in remarks if line.startswith(f"{name}: ") and here in line.split(" here: ")[0]], (
+                f"Table {number}, {name}"
+            )
         for line in remarks:
             name, why = line.split(": ")[0], line.split(" here: ")[1]
             assert name in {name for name, _ in differing} and why
@@ -161,7 +163,10 @@ def measured(tmp_path) -> Path:
 def test_runs_of_a_rows_model_and_data_stand_beside_it_and_others_are_named(measured):
     printed = said(12, "--runs", measured)
     rows, remarks = read(printed)["12"]
-    assert [(row["name"], row["top-1 here"], row["n"]) for row in rows] == [("se=false", "81.53 ± 0.50", "3"), ("se=true", "81.72", "1 of 2")]
+    assert [(row["name"], row["top-1 here"], row["n"]) for row in rows] == [
+        ("se=false", "81.53 ± 0.50", "3"),
+        ("se=true", "81.72", "1 of 2"),
+    ]
     assert remarks == []
     others = re.findall(r"^note   of no row here: (.*) \(.*/(\w+)\)$", printed, re.M)
     assert sorted(others) == [
