@@ -27,7 +27,7 @@ TITLES = {
     1: "the variants of TNT",
     4: "ImageNet",
     5: "TNT-S with words in fewer blocks, ImageNet; images/s on a V100 are the paper's, not measured here",
-    8: "words per patch of TNT-S, ImageNet",
+    8: "words per patch of TNT-S, ImageNet; 16 is TNT-S itself, with its own inner heads",
     9: "transfer at 384 x 384; M with a head for the classes of each set, GMAC with that of ImageNet",
     12: "squeeze-and-excitation in TNT-S, ImageNet",
 }
@@ -76,7 +76,7 @@ def main() -> None:
     parser = Parser(prog="python -m tnt_lightning.tables", description=__doc__)
     available = ", ".join(map(str, TITLES))
     parser.add_argument("numbers", metavar="N", nargs="*", help=f"tables of the paper, of {available}; by default all of these")
-    parser.add_argument("--runs", metavar="DIR", nargs="+", type=Path, help="runs, sweeps, or directories that hold some")
+    parser.add_argument("--runs", metavar="DIR", nargs="+", type=Path, help="runs, sweeps, or directories that hold some, as of report")
     given = parser.parse_args()
     for number in given.numbers:
         if number not in map(str, TITLES):
