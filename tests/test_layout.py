@@ -19,7 +19,7 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"cli", "zygote"},
     {"sweep", "results"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark"},
