@@ -80,7 +80,7 @@ def test_photos_are_like_photos():
         (("data", "data.image=8"), "data.image=8: no such key; did you mean data.images or data.image_size?"),
         (("data", "+data.speed=8"), "data.speed=8: no such key"),
         (("model", "rounds=0"), "rounds=0: expected a whole number from 1 up"),
-        (("model", "image=3"), "image=3: no such key; did you mean images?"),
+        (("model", "image=3"), "image=3: no such key; did you mean images or image_size?"),
         (("model", "beside=[tnt_x]"), "beside=tnt_x: no such model; available: timm, deit_b"),
         (("model", "trainer.precision=64-true"), "trainer.precision=64-true: measured in 32-true, bf16-mixed, 16-mixed"),
         (("kernel", "model=deit_s"), "model=deit_s: has no inner transformer to measure"),
@@ -101,10 +101,10 @@ def test_nothing_to_measure_is_said(tmp_path):
 
 
 def test_a_model_is_measured_beside_timms_twin_and_others(tmp_path):
-    small = ("image_size=32", "images=1", "model.depth=1", "rounds=2", "beside=[timm,deit_ti,resnet50]")
+    small = ("image_size=32", "images=2", "model.depth=1", "rounds=2", "beside=[timm,deit_ti,resnet50]")
     done = command("benchmark", "model", "model=tnt_ti", *small, "compiled=false", "out=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("inference, 1 image(s) of 32x32, 32-true", "speed / timm's", "of what is possible", "benchmark_model.png"):
+    for words in ("inference, 2 image(s) of 32x32, 32-true", "speed / timm's", "of what is possible", "benchmark_model.png"):
         assert words in done.stdout
     written = json.loads((tmp_path / "here" / "benchmark_model.json").read_text())
     names = ["tnt_ti", "timm", "deit_ti", "resnet50"]

@@ -11,7 +11,8 @@ from tnt_lightning.evaluate import evaluate_run
 
 from .conftest import resolved, train
 
-SMALL = ("model.depth=1", "recipe.epochs=1", "recipe.warmup_epochs=0", "+trainer.limit_train_batches=4", "trainer.accelerator=cpu")
+SMALL = ("model.depth=1", "recipe.epochs=1", "recipe.warmup_epochs=0", "trainer.accelerator=cpu",
+         "+trainer.limit_train_batches=4", "+trainer.limit_val_batches=1", "+trainer.limit_test_batches=1")  # fmt: skip
 PLAIN = {"compile": False, "channels_last": False, "tf32": False}
 
 
