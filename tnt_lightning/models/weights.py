@@ -28,6 +28,7 @@ from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, create_model, model_names
 from tnt_lightning.models.contract import STRIDE, ClassTokenBackbone
 from tnt_lightning.models.knobs import check_image
+from tnt_lightning.models.parts import head_modules
 from tnt_lightning.models.timm import by_one_name
 from tnt_lightning.models.tnt import TNT, PlainBlock, TNTBlock
 
@@ -381,8 +382,7 @@ def _square(tokens: int) -> tuple[int, int] | None:
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return [f"{head}.{part}" for head in ([heads] if isinstance(heads, str) else heads) for part in ("weight", "bias")]
+    return [f"{head}.{part}" for head in head_modules(model) for part in ("weight", "bias")]
 
 
 def _own_head(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
