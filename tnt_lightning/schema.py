@@ -110,6 +110,7 @@ KINDS = {
     "recipe.drop_path_rate": number(0, 0.99),
     "recipe.ema_decay": number(0, 1) | one_of("auto") | NULL,
     "recipe.freeze": one_of("backbone") | whole(0, STEPS) | several_of("parts") | NULL,
+    "recipe.new_head": FLAG,
     "recipe.head_epochs": whole(0, STEPS),
     "recipe.clip_grad": number(0) | NULL,
     "recipe.threads": whole(1, PROCESSES) | NULL,

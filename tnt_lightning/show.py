@@ -50,6 +50,8 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weight
         print(f"note   {note}")
     if loaded is not None:
         start_from(loaded)
+        if not loaded.new_head:
+            print(f"       the head is theirs, of {data.num_classes} classes too; recipe.new_head=true starts it anew")
         theirs = {name: loaded.preprocessing[name] for name in ("mean", "std")}
         if any(per_channel(name, value, data.in_chans) != getattr(data, name) for name, value in theirs.items()):
             print(f"note   they were trained with other pixels: recipe.mean={theirs['mean']} recipe.std={theirs['std']}")
@@ -71,7 +73,7 @@ def tuning(trainer: L.Trainer, classifier: Classifier, *, average: str | None, b
             print("note   what is frozen (recipe.freeze) keeps its random weights: no weights= is given")
     if classifier.head_epochs:
         print(
-            f"head   alone is trained for the first {classifier.head_epochs} of {classifier.trainer.max_epochs} epochs (recipe.head_epochs)"
+            f"head   alone is trained for the first {classifier.head_epochs} of {trainer.max_epochs} epochs (recipe.head_epochs)"
         )
     if average is not None:
         print(f"note   {average}")

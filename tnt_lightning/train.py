@@ -215,7 +215,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     if origin is not None:
         load_weights(classifier.backbone, origin.file, exact=True)
     elif config["weights"]:  # a continued run has its own
-        loaded = load_weights(classifier.backbone, config["weights"])
+        loaded = load_weights(classifier.backbone, config["weights"], new_head=recipe["new_head"])
 
     data.setup()
     data.skipped = run / "skipped.jsonl"
