@@ -46,7 +46,7 @@ def several_of(what: str) -> Kind:
 
 
 def one_of(*choices: str) -> Kind:
-    return Kind(f"one of {', '.join(choices)}", lambda v: v in choices)
+    return Kind(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}", lambda v: v in choices)
 
 
 NULL = Kind("null", lambda v: v is None)

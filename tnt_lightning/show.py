@@ -72,9 +72,7 @@ def tuning(trainer: L.Trainer, classifier: Classifier, *, average: str | None, b
         if begun is None:
             print("note   what is frozen (recipe.freeze) keeps its random weights: no weights= is given")
     if classifier.head_epochs:
-        print(
-            f"head   alone is trained for the first {classifier.head_epochs} of {trainer.max_epochs} epochs (recipe.head_epochs)"
-        )
+        print(f"head   alone is trained for the first {classifier.head_epochs} of {trainer.max_epochs} epochs (recipe.head_epochs)")
     if average is not None:
         print(f"note   {average}")
 

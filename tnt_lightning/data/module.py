@@ -289,8 +289,12 @@ class ImageDataModule(L.LightningDataModule):
         for one in wanted:
             number = one if isinstance(one, int) else names.index(one) if one in names else -1
             if not 0 <= number < len(names):
-                near = difflib.get_close_matches(str(one), names, n=3)
-                cure = f"did you mean {' or '.join(near)}?" if near else f"there are {len(names):,}, from {names[0]} to {names[-1]}"
+                near = difflib.get_close_matches(one, names, n=3) if isinstance(one, str) else []
+                cure = (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"there are {len(names):,}, numbered from 0: {', '.join(names[:5])}, ..."
+                )
                 raise UserError(f"data.classes: the set has no class {one!r}; {cure}")
             kept.append(number)
         if len(set(kept)) < len(kept) or not kept:
