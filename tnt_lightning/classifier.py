@@ -124,12 +124,8 @@ class Classifier(L.LightningModule):
         for group, plan in zip(self.trainer.optimizers[0].param_groups, self._plan, strict=True):
             group.update(plan)
         self.lr_scheduler_step(self.lr_schedulers(), None)
-        self._rest()  # an epoch that goes on in its middle has no start
 
     def on_train_epoch_start(self) -> None:
-        self._rest()
-
-    def _rest(self) -> None:
         """What is not trained in this epoch into evaluation mode, all else into training mode."""
         backbone = self.backbone.train()
         if self.current_epoch < self.head_epochs:
