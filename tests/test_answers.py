@@ -61,7 +61,7 @@ MISTAKES = {
     "optimizer.lr=abc": "optimizer.lr=abc is not a number from 0 to 10000",
     "seed=-1": "seed=-1 is not a whole number from 0 to",
     "recipe.epochs=1.5": "recipe.epochs=1.5 is not a whole number from 1 to 1,000,000,000",
-    "recipe.ema_decay=1.5": "recipe.ema_decay=1.5 is not a number from 0 to 1 or null",
+    "recipe.ema_decay=1.5": "recipe.ema_decay=1.5 is not a number from 0 to 1 or auto or null",
     "weights=2024": "weights=2024 is not text or null; quote it: weights=\"'2024'\"",
     "se=maybe": "se='maybe' is neither true nor false",
     "model.global_pool=": "model.global_pool='': logits for each token, of which a classifier cannot be trained; try token or avg",

@@ -42,12 +42,30 @@ def measured(file: Path, knob: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("folder", sorted(BOOK.glob("table_*")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", sorted(set(BOOK.glob("table_*")) - {BOOK / "table_09_transfer"}), ids=lambda folder: folder.name)
 def test_a_page_of_the_lab_book_holds_the_papers_figures_and_those_of_its_runs(folder):
     expected, here = (folder / "README.md").read_text().split("## Measured")
     knob = re.sub(r"table_\d+_", "", folder.name)
     assert dict(re.findall(r"^\| `(.+?)` \| (\d\d\.\d) \|$", expected, re.M)) == published(knob)
     assert dict(re.findall(r"^\| `(.+?)` \| (\d.+) \|$", here, re.M)) == measured(folder / "digits.csv", knob)
+
+
+def test_the_page_of_transfer_holds_the_papers_figures_and_those_of_its_runs():
+    page = (BOOK / "table_09_transfer" / "README.md").read_text()
+    expected, here = page.split("## Measured")
+    sets = ("imagenet", "cifar10", "cifar100", "flowers", "pets", "inat2019")
+    for model, row in PAPER["transfer"].items():
+        figures = " | ".join("" if row[name] is None else f"{row[name]:.1f}" for name in sets)
+        assert re.sub(" +", " ", f"| `{model}` | {figures} |") in re.sub(" +", " ", expected)
+    runs: dict[tuple, list[dict]] = {}
+    with (BOOK / "table_09_transfer" / "digits.csv").open(newline="") as stream:
+        for run in csv.DictReader(stream):
+            runs.setdefault((run["start"], run["images_per_class"], run["lr"]), []).append(run)
+    for (start, images, rate), group in runs.items():
+        assert sorted(run["seed"] for run in group) == ["0", "1", "2"]
+        figures = [float(run["test_top1"]) for run in group]
+        said = f"| {start.replace('_', ' ')} | {images} | {rate} | {statistics.fmean(figures):.2f} ± {statistics.stdev(figures):.2f} | 3 |"
+        assert said in here, said
 
 
 def test_the_index_names_every_page():

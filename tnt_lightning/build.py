@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
 import tnt_lightning.data
 from tnt_lightning import memory, sharding
@@ -22,6 +23,7 @@ from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.models import build_model, own
+from tnt_lightning.models.parts import freeze, head_parameters
 
 Config = dict[str, Any]
 _THREADS = torch.get_num_threads()  # torch's own choice, before a job of a sweep set another
@@ -48,10 +50,15 @@ def build_classifier(config: Config) -> Classifier:
     if config["model"].get("global_pool") == "":
         raise UserError("model.global_pool='': logits for each token, of which a classifier cannot be trained; try token or avg")
     _refuse_too_large(config)
+    backbone = build_model(**config["model"])
+    freeze(backbone, recipe.get("freeze"))  # an older run has neither this nor head_epochs
+    head_epochs = recipe.get("head_epochs", 0)
+    _refuse_head_epochs(backbone, head_epochs, epochs)
     classifier = Classifier(
-        build_model(**config["model"]),
+        backbone,
         num_classes=config["data"]["num_classes"],
         optimizer=config["optimizer"],
+        head_epochs=head_epochs,
         **{name: recipe[name] for name in ("warmup_epochs", "warmup_lr", "min_lr", "label_smoothing")},
     )
     classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
@@ -74,6 +81,23 @@ def _refuse_other_outputs(config: Config, backbone: torch.nn.Module) -> None:
         raise UserError(
             f"model._target_={config['model']['_target_']}: gives {gives} for 2 images; a backbone gives logits, (2, {data['num_classes']})"
         )
+
+
+def _refuse_head_epochs(backbone: nn.Module, head_epochs: int, epochs: int) -> None:
+    """Epochs of the head alone, where there is no head, nothing else to train before or after, or no epoch after them."""
+    if not head_epochs:
+        return
+    head, said = head_parameters(backbone), f"recipe.head_epochs={head_epochs}"
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    if not head:
+        raise UserError(f"{said}: the model does not say which of its parts is the head; leave it at 0")
+    if head_epochs >= epochs:
+        raise UserError(
+            f"{said} is not shorter than trainer.max_epochs={epochs}: all else would never be trained; lower it, or recipe.freeze=backbone"
+        )
+    if not head & trained or not trained - head:
+        frozen = "all but the head" if head & trained else "the head"
+        raise UserError(f"{said}: recipe.freeze keeps {frozen} as it is; leave one of the two out")
 
 
 def _refuse_too_large(config: Config) -> None:

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -30,15 +30,40 @@ RESCALED = 40  # steps in a row without a finite gradient in float16: from its f
 class EMA(WeightAveraging):
     """Exponential moving average of the weights, in their own float32; validated and saved, the raw weights beside it.
 
-    The decay warms up as (1 + step) / (10 + step): with the recipe's 0.99996 from the start, the random initial weights
-    would stay in the average for thousands of steps.
+    The decay warms up as (1 + step) / (10 + step): with the recipe's 0.99996 from the start, the initial weights would stay in the
+    average for thousands of steps; in a short fine-tuning, to its end. With the warm-up alone an average is of about the last tenth of
+    the steps until then.
+
+    decay: a number, or "auto", which `suit` replaces
     """
 
-    def __init__(self, *, decay: float):
+    SHARE = 15  # of the paper's 375,300 steps its decay of 0.99996 spans 25,000: a fifteenth
+
+    def __init__(self, *, decay: float | Literal["auto"]):
         super().__init__()
         self.decay = decay
         self._groups: list[tuple[Any, Any]] | None = None  # tensors of the average and those that they follow, of one kind each
         self._swapped = False
+
+    def suit(self, steps: int) -> str | None:
+        """Fit "auto" to a training of so many steps: its average spans the share of them that the paper's pre-training has.
+
+        A line for the user, where it was fitted, or where a number is so high that its warm-up does not end.
+        """
+        fitting = max(0.0, 1 - self.SHARE / steps)
+        if self.decay == "auto":
+            self.decay = fitting
+            return f"the average spans {steps / self.SHARE:,.0f} of {steps:,} steps: recipe.ema_decay=auto is {self.decay:.6g}"
+        if self._warm_up(steps) < self.decay < 1:
+            return (
+                f"recipe.ema_decay={self.decay:g} spans {1 / (1 - self.decay):,.0f} steps, of which there are {steps:,}: its warm-up does "
+                f"not end, and the average is of about the last {steps / 10:,.0f}; recipe.ema_decay=auto spans {steps / self.SHARE:,.0f}"
+            )
+        return None
+
+    @staticmethod
+    def _warm_up(step: int) -> float:
+        return (1 + step) / (10 + step)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # The module itself moves there only after this hook; a sharded one may not fit.
@@ -63,7 +88,8 @@ class EMA(WeightAveraging):
                 return
             pairs = [[tensor.detach() for tensor in (*module.parameters(), *module.buffers())] for module in (average.module, pl_module)]
             self._groups = [(ours, theirs) for (ours, theirs), _ in _group_tensors_by_device_and_dtype(pairs).values()]
-        average_into = get_ema_multi_avg_fn(min(self.decay, (1 + step) / (10 + step)))
+        assert self.decay != "auto", "suit() comes first"
+        average_into = get_ema_multi_avg_fn(min(self.decay, self._warm_up(step)))
         for ours, theirs in self._groups:
             average_into(ours, theirs, None)
         average.n_averaged += 1

@@ -14,17 +14,23 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.models.parts import head_modules, head_parameters
 
 
 class Classifier(L.LightningModule):
     """Cross-entropy on hard or mixed labels; AdamW and the like with linear warm-up and cosine decay, by step (paper, Table 3).
 
-    optimizer: arguments of timm's create_optimizer_v2 (opt, lr, weight_decay, ...); no decay on biases, norms, class token, positions
+    optimizer: arguments of timm's create_optimizer_v2 (opt, lr, weight_decay, ...); no decay on biases, norms, class token, positions.
+        With layer_decay each layer's whole schedule is scaled, from warmup_lr to min_lr
     warmup_epochs, warmup_lr: linear from warmup_lr to lr; min_lr: where the cosine ends
     label_smoothing: of the training loss only
+    head_epochs: so many epochs train the head alone
 
-    Logs train/loss (of the first rank's share) and lr by step; val/ and test/ loss, top1 and top5 by epoch: in percent, on hard
-    labels, exact on any number of devices.
+    Parameters without requires_grad stay as they are. Parts of which nothing is trained, frozen or before head_epochs are over, are as
+    in evaluation: no batch statistics, no drop path.
+
+    Logs train/loss (of the first rank's share) and lr (with layer_decay that of the head) by step; val/ and test/ loss, top1 and top5 by
+    epoch: in percent, on hard labels, exact on any number of devices.
     """
 
     def __init__(
@@ -37,12 +43,13 @@ class Classifier(L.LightningModule):
         warmup_lr: float = 1e-6,
         min_lr: float = 1e-5,
         label_smoothing: float = 0.1,
+        head_epochs: int = 0,
     ):
         super().__init__()
         self.backbone = backbone
         self.optimizer = dict(optimizer)
         self.warmup_epochs, self.warmup_lr, self.min_lr = warmup_epochs, warmup_lr, min_lr
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.head_epochs = label_smoothing, head_epochs
         self.val, self.test = Figures(num_classes), Figures(num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
         if self.trainer._logger_connector.should_update_logs:  # the calls take a millisecond, on steps whose figures nobody keeps, too
             self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
-            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=len(images))
+            self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups), batch_size=len(images))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -118,6 +125,27 @@ class Classifier(L.LightningModule):
         for group, plan in zip(self.trainer.optimizers[0].param_groups, self._plan, strict=True):
             group.update(plan)
         self.lr_scheduler_step(self.lr_schedulers(), None)
+
+    def on_train_epoch_start(self) -> None:
+        """What is not trained in this epoch into evaluation mode, all else into training mode."""
+        backbone = self.backbone.train()
+        if self.current_epoch < self.head_epochs:
+            backbone.eval()
+            for name in head_modules(backbone):
+                backbone.get_submodule(name).train()
+        for module in backbone.modules():
+            own = [parameter.requires_grad for parameter in module.parameters()]
+            if own and not any(own):
+                module.eval()
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.current_epoch < self.head_epochs:
+            # Every optimizer leaves out what has no gradient: no decay, no momentum. To turn requires_grad off and on would be less work,
+            # but DDP fixes what it sums when it starts.
+            head = head_parameters(self.backbone)
+            for name, parameter in self.backbone.named_parameters():
+                if name not in head:
+                    parameter.grad = None
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(self.global_step)  # timm's schedules are told the step, torch's count it

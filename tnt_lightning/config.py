@@ -200,6 +200,8 @@ def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
                 **model,
                 **data,
                 "an average (recipe.ema_decay)": bool(config["recipe"]["ema_decay"]),
+                "a rate for each layer (optimizer.layer_decay)": config["optimizer"].get("layer_decay") is not None,
+                "recipe.freeze": config["recipe"].get("freeze"),
             }
         )
     for key, value in plans[0].items():  # and an older run may lack what came later

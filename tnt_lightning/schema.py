@@ -46,7 +46,7 @@ def several_of(what: str) -> Kind:
 
 
 def one_of(*choices: str) -> Kind:
-    return Kind(f"one of {', '.join(choices)}", lambda v: v in choices)
+    return Kind(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}", lambda v: v in choices)
 
 
 NULL = Kind("null", lambda v: v is None)
@@ -101,13 +101,17 @@ KINDS = {
     "optimizer.betas": several(number(0, 1), 2),
     "optimizer.momentum": number(0, 1),
     "optimizer.fused": FLAG,
+    "optimizer.layer_decay": number(0.01, 1) | NULL,
     "recipe.epochs": whole(1, STEPS),
     "recipe.warmup_epochs": number(0, STEPS),
     "recipe.warmup_lr": number(0, RATE),
     "recipe.min_lr": number(0, RATE),
     "recipe.label_smoothing": number(0, 1),
     "recipe.drop_path_rate": number(0, 0.99),
-    "recipe.ema_decay": number(0, 1) | NULL,
+    "recipe.ema_decay": number(0, 1) | one_of("auto") | NULL,
+    "recipe.freeze": one_of("backbone") | whole(0, STEPS) | several_of("parts") | NULL,
+    "recipe.new_head": FLAG,
+    "recipe.head_epochs": whole(0, STEPS),
     "recipe.clip_grad": number(0) | NULL,
     "recipe.threads": whole(1, PROCESSES) | NULL,
     **{f"recipe.{name}": kind for name, kind in PIXELS.items()},
@@ -120,6 +124,8 @@ KINDS = {
     "data.in_chans": whole(1),
     "data.image_size": IMAGE_SIZE,
     "data.val_fraction": number(0, 0.99) | NULL,
+    "data.classes": several_of("names or numbers") | NULL,
+    "data.images_per_class": whole(1) | NULL,
     "data.on_error": one_of("stop", "skip"),
     "data.cache": FLAG,
     "data.download": FLAG,

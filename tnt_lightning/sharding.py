@@ -60,10 +60,14 @@ class Sharded(ModelParallelStrategy):
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=True)
         load(self.model, checkpoint["state_dict"])
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             name = dict(enumerate(names[parameter] for group in optimizer.param_groups for parameter in group["params"]))
-            set_optimizer_state_dict(self.model, optimizer, _renamed(state, name), options=StateDictOptions(full_state_dict=True))
+            named = _renamed(state, name)
+            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True, strict=False))
+            for parameter in list(optimizer.state):  # torch makes a state for each, also for what was not trained yet
+                if names[parameter] not in named["state"]:
+                    del optimizer.state[parameter]
         return checkpoint
 
     def shard(self, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tnt_lightning.checkpoints import Origin
+from tnt_lightning.classifier import Classifier
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import per_channel
 from tnt_lightning.models.weights import Weights
@@ -49,9 +50,31 @@ def opening(trainer: L.Trainer, data: ImageDataModule, run: Path, loaded: Weight
         print(f"note   {note}")
     if loaded is not None:
         start_from(loaded)
+        if not loaded.new_head:
+            print(f"       the head is theirs, of {data.num_classes} classes too; recipe.new_head=true starts it anew")
         theirs = {name: loaded.preprocessing[name] for name in ("mean", "std")}
         if any(per_channel(name, value, data.in_chans) != getattr(data, name) for name, value in theirs.items()):
             print(f"note   they were trained with other pixels: recipe.mean={theirs['mean']} recipe.std={theirs['std']}")
+        else:
+            height, width = data.input_size[1:]
+            print(f"pixels {height}x{width}, mean {data.mean}, std {data.std}, as they were trained with")
+
+
+def tuning(trainer: L.Trainer, classifier: Classifier, *, average: str | None, begun: Any) -> None:
+    """What of the network is trained when, and of how many steps its average is.
+
+    begun: from whatever weights; None: they are random
+    """
+    names = [name for name, parameter in classifier.backbone.named_parameters() if not parameter.requires_grad]
+    if names:
+        size = {flag: sum(p.numel() for p in classifier.parameters() if p.requires_grad is flag) for flag in (True, False)}
+        print(f"frozen {len(names)} tensors, {size[False]:,} parameters; {size[True]:,} are trained")
+        if begun is None:
+            print("note   what is frozen (recipe.freeze) keeps its random weights: no weights= is given")
+    if classifier.head_epochs:
+        print(f"head   alone is trained for the first {classifier.head_epochs} of {trainer.max_epochs} epochs (recipe.head_epochs)")
+    if average is not None:
+        print(f"note   {average}")
 
 
 def going_on(trainer: L.Trainer, data: ImageDataModule, origin: Origin | None, differ: list[str], hints: list[Path]) -> None:
@@ -112,6 +135,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, str]]:
         *figures,
         ("checkpoint", result["checkpoint"]),
         ("parameters", f"{live_m}{also}"),
+        *([("trained of these", f"{trained / 1e6:.2f} M")] if (trained := result.get("trained_parameters")) else []),
         ("FLOPs", _flops(result["flops"])),
         ("training speed", f"{speed:,.0f} images/s" if speed else "not measured"),
         *(

@@ -209,9 +209,11 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     classifier = build_classifier(config)
     data = build_data(config)
     parameters = cost.parameters(classifier.backbone)
+    trained = sum(parameter.numel() for parameter in classifier.backbone.parameters() if parameter.requires_grad)
     size = {
         "parameters": parameters.live,
         "parameters_as_in_the_paper": parameters.paper,
+        **({"trained_parameters": trained} if trained < parameters.live else {}),
         "flops": cost.flops(classifier.backbone, data.input_size),
     }
     loaded = None
@@ -219,7 +221,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     if origin is not None:
         load_weights(classifier.backbone, origin.file, exact=True)
     elif config["weights"]:  # a continued run has its own
-        loaded = load_weights(classifier.backbone, config["weights"])
+        loaded = load_weights(classifier.backbone, config["weights"], new_head=recipe["new_head"])
 
     speed_up(classifier, config["compute"])
     data.setup()
@@ -236,8 +238,9 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     callbacks: list[L.Callback] = [throughput, finite]
     if logger["name"] == "wandb":  # before EMA: example predictions are the average's
         callbacks.append(Progress(dashboard, throughput, every=logger["images_every"], count=logger["num_images"]))
-    if recipe["ema_decay"]:
-        callbacks.append(EMA(decay=recipe["ema_decay"]))
+    average = EMA(decay=recipe["ema_decay"]) if recipe["ema_decay"] else None
+    if average is not None:
+        callbacks.append(average)
     checkpoints = Checkpoints(
         run / "checkpoints",
         every_n_steps=config["checkpoint"]["every_n_steps"],
@@ -263,6 +266,8 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
             f"trainer.val_check_interval={every}: after {check_every} batches, in the middle of a step of "
             f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}; give a multiple of that"
         )
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) * config["trainer"]["max_epochs"]
+    said = average.suit(min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps) if average is not None else None
     if (pixels := 5 * data.device_batch * math.prod(data.input_size)) > memory.total():  # its pixels, as they are loaded and normalised
         raise UserError(
             f"data.batch_size={data.batch_size}: the pixels of {data.device_batch} images of image_size={config['image_size']} take "
@@ -277,6 +282,8 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
                     if any(line.startswith(f"{runs.checkpoint_path(run, name)}:") for line in origin.bad):
                         _put_aside(runs.checkpoint_path(run, name))
             show.opening(trainer, data, run, loaded)
+            tells = loaded is not None or recipe["ema_decay"] == "auto"  # elsewhere a short run is one to see that it runs
+            show.tuning(trainer, classifier, average=said if tells else None, begun=loaded or origin)
             show.going_on(trainer, data, origin, differ, hints)
             source = origin.run if origin else run  # without a checkpoint, a run starts over
             curves.go_on_from(source / "metrics.csv", origin.position.rows if origin else 0)

@@ -4,6 +4,7 @@ The order of images depends on (seed, epoch) alone, and an image's augmentation 
 number of workers, and not on what was drawn before.
 """
 
+import difflib
 import json
 import math
 import random
@@ -23,7 +24,7 @@ from tnt_lightning import signals
 from tnt_lightning.data import workers
 from tnt_lightning.data.archives import Archive, fetch
 from tnt_lightning.data.images import BrokenImage, decoded
-from tnt_lightning.data.splits import Held, Joined, Labelled, Splits, carve
+from tnt_lightning.data.splits import Held, Joined, Labelled, Splits, at_most, carve, of_classes
 from tnt_lightning.data.transforms import BatchTransform, Transform, eval_transform, train_transform
 from tnt_lightning.errors import UserError
 
@@ -116,6 +117,8 @@ class ImageDataModule(L.LightningDataModule):
     num_classes: checked against what is found; None is the set's own
     val_fraction: None keeps the set's own validation part; a fraction carves one (seeded, stratified) out of training where the
         set has none, or out of which the set's own becomes the test part; 0 trains on everything that is not test
+    classes: the names of some of the set's classes, or their numbers, from 0: those alone, numbered anew in this order
+    images_per_class: train on at most so many images of each class, drawn with seed; None: on all
     augmentation: what of `train_transform` and `BatchTransform` to use in training, and `repeats` of an image in a row; "auto" is
         3 from REPEATED images up, and 1 on smaller sets, where an epoch of a few steps would show a third of them
     mean, std: normalisation, of pixels from 0 to 1, a channel or for all; crop_pct, interpolation: of evaluation
@@ -145,6 +148,8 @@ class ImageDataModule(L.LightningDataModule):
         in_chans: int = 3,
         num_classes: int | None = None,
         val_fraction: float | None = None,
+        classes: Sequence[str | int] | None = None,
+        images_per_class: int | None = None,
         augmentation: dict[str, Any] | None = None,
         mean: float | Sequence[float] = 0.5,
         std: float | Sequence[float] = 0.5,
@@ -170,7 +175,9 @@ class ImageDataModule(L.LightningDataModule):
             if not isinstance(value, int) or value < lowest:
                 raise UserError(f"data.{name}={value!r} is not a whole number of at least {lowest}")
         assert num_classes is not None
-        self.num_classes = num_classes
+        if images_per_class is not None and not (isinstance(images_per_class, int) and images_per_class >= 1):
+            raise UserError(f"data.images_per_class={images_per_class!r} is not a whole number of at least 1")
+        self.num_classes, self.only, self.images_per_class = num_classes, classes, images_per_class
         size = tuple(image_size) if isinstance(image_size, Sequence) else (image_size, image_size)
         if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
             raise UserError(f"image_size={image_size!r} is neither a whole number of pixels nor (height, width)")
@@ -242,11 +249,15 @@ class ImageDataModule(L.LightningDataModule):
         if self.parts is not None:
             return
         self.prepare_data()
-        train, val, test = splits = self.splits()
+        splits = self.splits()
+        differ = "; ".join(self.discrepancies(splits))
+        if self.only is not None:
+            splits = self._of_classes(splits, self.only)
+        train, val, test = splits
         classes = getattr(train, "classes", None)
         if classes is not None and len(classes) != self.num_classes:
             raise UserError(f"data.num_classes={self.num_classes}: the set has {len(classes)} classes; set data.num_classes={len(classes)}")
-        if differ := "; ".join(self.discrepancies(splits)):
+        if differ:
             if not self.subset:
                 raise UserError(f"data.root={self.root}: {differ}; data.subset=true goes on with what is there")
             self.notes.append(f"a subset: {differ}")
@@ -260,6 +271,9 @@ class ImageDataModule(L.LightningDataModule):
             val, test = carved, test or val
         elif fraction == 0 and test is not None and val is not None:
             train, val = Joined(train, val), None
+        if self.images_per_class is not None:
+            size, train = len(train.labels), at_most(train, self.images_per_class, self.seed)
+            self.notes.append(f"{len(train.labels):,} of {size:,} training images: at most {self.images_per_class} of each class")
         if self.repeats == "auto":
             self.repeats = 3 if len(train.labels) >= self.REPEATED else 1
             if self.repeats == 1:
@@ -268,6 +282,28 @@ class ImageDataModule(L.LightningDataModule):
         if max(max(part.labels) for part in (train, val, test) if part is not None) >= self.num_classes:
             raise UserError(f"data.root={self.root}: a label is beyond data.num_classes={self.num_classes}")
         self.parts = Splits(train, val, test)
+
+    def _of_classes(self, splits: Splits, wanted: Sequence[str | int]) -> Splits:
+        names = [str(name) for name in getattr(splits.train, "classes", None) or range(max(splits.train.labels) + 1)]
+        kept = []
+        for one in wanted:
+            number = one if isinstance(one, int) else names.index(one) if one in names else -1
+            if not 0 <= number < len(names):
+                near = difflib.get_close_matches(one, names, n=3) if isinstance(one, str) else []
+                cure = (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"there are {len(names):,}, numbered from 0: {', '.join(names[:5])}, ..."
+                )
+                raise UserError(f"data.classes: the set has no class {one!r}; {cure}")
+            kept.append(number)
+        if len(set(kept)) < len(kept) or not kept:
+            raise UserError(
+                f"data.classes={list(wanted)}: {'names a class twice' if kept else 'no class at all'}; give each once, or null for all"
+            )
+        train, val, test = (None if part is None else of_classes(part, kept) for part in splits)
+        assert train is not None
+        return Splits(train, val, test)
 
     @property
     def skipped_images(self) -> int:

@@ -175,15 +175,19 @@ def _members(tar: Path) -> list[tuple[str, int, int]]:
 
 
 class Part:
-    """The images of `whole` at `indices`, in that order."""
+    """The images of `whole` at `indices`, in that order. kept: of these classes of it alone, which are numbered anew."""
 
-    def __init__(self, whole: Labelled, indices: Sequence[int]):
+    def __init__(self, whole: Labelled, indices: Sequence[int], *, kept: Sequence[int] | None = None):
         self.whole, self.indices = whole, indices
         self.labels = [whole.labels[i] for i in indices]
         self.classes = getattr(whole, "classes", None)
+        if kept is not None:
+            number = {label: new for new, label in enumerate(kept)}
+            self.labels = [number[label] for label in self.labels]
+            self.classes = [self.classes[label] for label in kept] if self.classes else None
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole[self.indices[index]]
+        return self.whole[self.indices[index]][0], self.labels[index]
 
 
 class Joined:
@@ -202,6 +206,25 @@ class Joined:
         """The split that an image comes from, and its index there."""
         which = int(np.searchsorted(self._ends, index, side="right"))
         return self.splits[which], index - (int(self._ends[which - 1]) if which else 0)
+
+
+def of_classes(split: Labelled, kept: Sequence[int]) -> Part:
+    """The images of some classes alone."""
+    chosen = set(kept)
+    return Part(split, [i for i, label in enumerate(split.labels) if label in chosen], kept=kept)
+
+
+def at_most(split: Labelled, count: int, seed: int) -> Part:
+    """At most `count` images of each class, drawn with seed; of a smaller count those that are among a larger one's."""
+    order = np.random.default_rng(seed).permutation(len(split.labels))
+    seen: Counter[int] = Counter()
+    chosen = []
+    for index in order.tolist():
+        label = split.labels[index]
+        if seen[label] < count:
+            seen[label] += 1
+            chosen.append(index)
+    return Part(split, sorted(chosen))
 
 
 def carve(split: Labelled, fraction: float, seed: int) -> tuple[Part, Part]:

@@ -28,6 +28,7 @@ from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, create_model, model_names
 from tnt_lightning.models.contract import STRIDE, ClassTokenBackbone
 from tnt_lightning.models.knobs import check_image
+from tnt_lightning.models.parts import head_modules
 from tnt_lightning.models.timm import by_one_name
 from tnt_lightning.models.tnt import TNT, PlainBlock, TNTBlock
 
@@ -58,7 +59,7 @@ RENAMES = {
 class Weights(NamedTuple):
     """What `load_weights` loaded.
 
-    name: where from; changes: what was adapted to the model, a line each; new_head: the classes differ, so the model kept its own head
+    name: where from; changes: what was adapted to the model, a line each; new_head: whether the model kept its own head
     preprocessing: the mean, std, crop_pct and interpolation that they go with
     published: (top-1 on ImageNet-1k in percent, of which model) where this network's weights are published, None for our own runs
     """
@@ -70,9 +71,9 @@ class Weights(NamedTuple):
     published: tuple[float, str] | None
 
 
-def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -> Weights:
+def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False, new_head: bool = False) -> Weights:
     """Load `source` into a backbone. Position encodings are resized to the model's image size, and where the number of classes
-    differs the model keeps its own head; `changes` says so. exact=True refuses both.
+    differs, or with new_head=True, the model keeps its own head; `changes` says so. exact=True refuses both.
 
     source: a run directory (the checkpoint of its result) or a checkpoint of ours; a safetensors or torch file with the names of
     ours, of timm or of the official release; "hf-hub:timm/tnt_s_patch16_224.in1k"; "released" for what timm publishes of this network
@@ -92,7 +93,7 @@ def load_weights(model: nn.Module, source: str | Path, *, exact: bool = False) -
     pool = getattr(model, "global_pool", None)
     if found.knobs.get("global_pool", pool) != pool:
         changes.append(f"global_pool is {pool!r}, theirs was {found.knobs['global_pool']!r}")
-    head = _own_head(model, state)
+    head = _own_head(model, state, always=new_head)
     if exact and (changes or head):
         raise UserError(f"{found.name}: weights of another network ({'; '.join(changes + head)})")
     _refuse_another_network(found.name, state, model.state_dict())
@@ -381,17 +382,16 @@ def _square(tokens: int) -> tuple[int, int] | None:
 
 
 def _head_names(model: nn.Module) -> list[str]:
-    heads = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    return [f"{head}.{part}" for head in ([heads] if isinstance(heads, str) else heads) for part in ("weight", "bias")]
+    return [f"{head}.{part}" for head in head_modules(model) for part in ("weight", "bias")]
 
 
-def _own_head(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
-    """The model's own head into `state` where the number of classes differs, and a line that says so."""
+def _own_head(model: nn.Module, state: dict[str, Tensor], *, always: bool) -> list[str]:
+    """The model's own head into `state` where the number of classes differs, or always, and a line that says so."""
     own, lines = model.state_dict(), []
     for name in _head_names(model):
         if name not in state or (name in own and own[name].shape[1:] != state[name].shape[1:]) or state[name].ndim == 0:
             continue
-        if name in own and own[name].shape == state[name].shape:
+        if name in own and own[name].shape == state[name].shape and not always:
             continue
         theirs = state.pop(name).shape[0]
         if name in own:
