@@ -9,15 +9,14 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import tnt_lightning.config  # noqa: F401  (the resolver that conf/ablation needs)
 from tnt_lightning import CONF
+from tnt_lightning.results import PAPER as PAPER
 
 os.environ["WANDB_MODE"] = "disabled"  # no test uploads anything; test_dashboard.py has an environment of its own
-PAPER = yaml.safe_load((Path(__file__).parents[1] / "experiments" / "paper.yaml").read_text())
 FACTS = ("grid", "released", "publication")  # about a model, not choices of a run
 QUICK = ("recipe.epochs=2", "recipe.warmup_epochs=1", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1")
 

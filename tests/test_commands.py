@@ -259,7 +259,7 @@ def test_imagenet_trains_from_folders_by_the_recipe(tmp_path):
 
 def test_help_shows_what_people_need_first_and_every_file_to_choose(tmp_path):
     done = command("train", "--help", cwd=tmp_path)
-    first = "\n".join(done.stdout.splitlines()[:15])
+    first = "\n".join(done.stdout.splitlines()[:16])
     for words in (
         "python -m tnt_lightning.train",
         "model=tnt_s data=imagenet",

@@ -11,11 +11,11 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 
-from tnt_lightning.benchmark import photo as like_a_photo
 from tnt_lightning.data import augment
 from tnt_lightning.data.images import open_image, upper_rows
 from tnt_lightning.data.transforms import train_transform
 from tnt_lightning.errors import UserError
+from tnt_lightning.speed.data import photo as like_a_photo
 
 from . import layouts
 from .layouts import photo

@@ -19,10 +19,10 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"cli", "zygote"},
     {"sweep", "results"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
-    "hydra": {"cli", "train", "evaluate", "verify", "prepare"},
+    "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark"},
     "lightning": {
         *(
             "classifier",
@@ -37,11 +37,13 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
             "dashboard",
             "train",
             "evaluate",
+            "speed",
         ),
     },
     "wandb": {"dashboard", "workspace"},
     "wandb_workspaces": {"workspace"},
     "plotly": {"charts"},
+    "matplotlib": {"speed"},
     "litdata": {"data", "prepare"},
     "submitit": {"clusters"},
     "ray": {"clusters"},

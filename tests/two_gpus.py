@@ -32,6 +32,7 @@ from rich.table import Table
 from tests.soak import lines
 from tnt_lightning import benchmark, runs
 from tnt_lightning.cli import Parser, fail
+from tnt_lightning.speed.data import make_photos
 
 ROOT = Path(__file__).parents[1]
 MARK = "TNT_LIGHTNING_TWO_GPUS"  # in the environment of all that is started here
@@ -262,7 +263,7 @@ def nvidia(query: str) -> str:
 def throughput(at: Place) -> Found:
     images, photos, size = (64, 8, "64x48") if at.cpu else (80 * at.batch, 256, "500x375")
     root = at.folder / "photos"
-    for _ in benchmark.make_photos(root, size, photos, seed=0):
+    for _ in make_photos(root, size, photos, seed=0):
         pass
     for part, count in (("train", images - photos), ("val", 1)):  # the same ones again, as another class
         (root / part / "again").mkdir()

@@ -1,5 +1,6 @@
 """From a resolved configuration, plain data, to the objects of a run."""
 
+import copy
 import inspect
 import math
 import os
@@ -21,7 +22,7 @@ from tnt_lightning.curves import Curves
 from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
-from tnt_lightning.models import build_model
+from tnt_lightning.models import build_model, own
 from tnt_lightning.models.parts import freeze, head_parameters
 
 Config = dict[str, Any]
@@ -63,6 +64,8 @@ def build_classifier(config: Config) -> Classifier:
     classifier.make_optimizer(fused=False)  # what does not fit is said now, not when training has begun
     if config["trainer"]["strategy"] == "fsdp":
         sharding.refuse(classifier.backbone)
+    if own.allowed(config["model"]["_target_"]):
+        _refuse_other_outputs(config, classifier.backbone)
     return classifier
 
 
@@ -83,6 +86,20 @@ def _refuse_head_epochs(backbone: nn.Module, head_epochs: int, epochs: int) -> N
         raise UserError(f"{said}: recipe.freeze keeps {frozen} as it is; leave one of the two out")
 
 
+def _refuse_other_outputs(config: Config, backbone: torch.nn.Module) -> None:
+    """Of a network of the user's own, which may give anything, and would be trained on logits for other classes without a word."""
+    data = config["data"]
+    side = data["image_size"]
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    with torch.no_grad():
+        logits = shadow(torch.empty(2, data["in_chans"], *([side, side] if isinstance(side, int) else side), device="meta"))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, data["num_classes"]):
+        gives = f"the shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise UserError(
+            f"model._target_={config['model']['_target_']}: gives {gives} for 2 images; a backbone gives logits, (2, {data['num_classes']})"
+        )
+
+
 def _refuse_too_large(config: Config) -> None:
     """A model that the machine cannot hold; without the memory that it would take."""
     if torch.get_default_device().type == "meta":
@@ -99,6 +116,15 @@ def _refuse_too_large(config: Config) -> None:
         )
 
 
+def speed_up(classifier: Classifier, compute: Config) -> None:
+    """Before the training of a network, which is changed in place and keeps its names: what the `compute` section asks for."""
+    torch.set_float32_matmul_precision("high" if compute["tf32"] else "highest")
+    if compute["channels_last"]:
+        classifier.backbone.to(memory_format=torch.channels_last)  # images follow the first weights
+    if compute["compile"]:
+        classifier.backbone.compile()
+
+
 def build_trainer(
     config: Config,
     *,
@@ -111,7 +137,7 @@ def build_trainer(
     torch.set_num_threads(config["recipe"]["threads"] or _THREADS)
     arguments = dict(config["trainer"])
     if arguments["precision"] == "auto":
-        arguments["precision"] = _precision(arguments["accelerator"])
+        arguments["precision"] = best_precision(arguments["accelerator"])
     if arguments["precision"] in ("bf16-true", "16-true") and config["recipe"]["ema_decay"]:
         raise UserError(
             f"trainer.precision={arguments['precision']}: an average in half precision stands still; "
@@ -179,7 +205,7 @@ def _refuse_sections(section: str, arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{section}.{name}={value}: a section; the arguments of the {section} are plain values")
 
 
-def _precision(accelerator: str) -> str:
+def best_precision(accelerator: str) -> str:
     """bfloat16 on a GPU that has it, otherwise float16 with scaling; float32 elsewhere."""
     if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
         return "32-true"

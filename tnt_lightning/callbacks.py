@@ -15,6 +15,7 @@ from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_lo
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from tnt_lightning import ranks, runs, sharding
 from tnt_lightning.checkpoints import Origin, Position, read
@@ -39,9 +40,9 @@ class EMA(WeightAveraging):
     SHARE = 15  # of the paper's 375,300 steps its decay of 0.99996 spans 25,000: a fifteenth
 
     def __init__(self, *, decay: float | Literal["auto"]):
-        super().__init__(multi_avg_fn=self._average)
+        super().__init__()
         self.decay = decay
-        self._step = 0
+        self._groups: list[tuple[Any, Any]] | None = None  # tensors of the average and those that they follow, of one kind each
         self._swapped = False
 
     def suit(self, steps: int) -> str | None:
@@ -75,15 +76,23 @@ class EMA(WeightAveraging):
             trainer.strategy.shard(average.module)
             average.to(trainer.strategy.root_device)
 
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        if step_idx is None:
-            return False
-        self._step = step_idx
-        return True
-
-    def _average(self, averaged: Any, current: Any, _: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Lightning's own asks the device twice a step how many there were, and looks every tensor up anew."""
+        if trainer.global_step <= self._latest_update_step:  # within an accumulation
+            return
+        step, self._latest_update_step = trainer.global_step - 1, trainer.global_step
+        average: Any = self._average_model
+        if self._groups is None:
+            if not average.n_averaged:  # the first is a copy
+                average.update_parameters(pl_module)
+                return
+            pairs = [[tensor.detach() for tensor in (*module.parameters(), *module.buffers())] for module in (average.module, pl_module)]
+            self._groups = [(ours, theirs) for (ours, theirs), _ in _group_tensors_by_device_and_dtype(pairs).values()]
         assert self.decay != "auto", "suit() comes first"
-        get_ema_multi_avg_fn(min(self.decay, self._warm_up(self._step)))(averaged, current, None)
+        average_into = get_ema_multi_avg_fn(min(self.decay, self._warm_up(step)))
+        for ours, theirs in self._groups:
+            average_into(ours, theirs, None)
+        average.n_averaged += 1
 
     # Validation inside training is of the average. After training, the module holds the weights that are asked about.
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -246,7 +255,7 @@ class Checkpoints(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Finite):
                 callback.settle(trainer)
-        if not trainer.strategy.reduce_boolean_decision(bool(_largest(list(module.parameters())).isfinite())):
+        if not trainer.strategy.reduce_boolean_decision(not _any_nonfinite(list(module.parameters()))):
             raise UserError(
                 f"the weights are no longer finite at step {trainer.global_step}; the checkpoints are from before; lower optimizer.lr"
             )
@@ -381,9 +390,8 @@ class Finite(Callback):
         assert self._loss is not None
         loss, self._loss = self._loss, None
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        bad = ~loss.isfinite()
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradient = ~_largest([p.grad for p in parameters]).isfinite()
+        bad, gradient = ~loss.isfinite(), _any_nonfinite([p.grad for p in parameters])
         # float16's scaler makes infinite gradients on its way to a fitting scale, and leaves those steps out itself.
         bad = torch.maximum(bad.float(), 0.5 * gradient.float()) if scaled else (bad | gradient).float()
         if trainer.world_size > 1:
@@ -467,10 +475,14 @@ def _on_its_way(value: Tensor) -> tuple[Tensor, Any]:
     return here, arrived
 
 
-def _largest(tensors: list[Tensor]) -> Tensor:
-    """The largest absolute value, of sharded tensors in the parts that are here; not a number where one is none."""
-    here = [tensor for tensor in map(sharding.part, tensors) if tensor.numel()]
-    return torch.nn.utils.get_total_norm([tensor.detach() for tensor in here], norm_type=torch.inf)
+def _any_nonfinite(tensors: list[Tensor]) -> Tensor:
+    """Whether a number in them is infinite or none, of sharded tensors in the parts that are here: a bool on their device."""
+    here = [tensor.detach() for tensor in map(sharding.part, tensors) if tensor.numel()]
+    found, one = (torch.full((1,), number, device=here[0].device if here else None) for number in (0.0, 1.0))
+    for dtype in {tensor.dtype for tensor in here}:
+        # What float16's scaler calls: one pass over all of them, which also multiplies them, here by 1.
+        torch._amp_foreach_non_finite_check_and_unscale_([tensor for tensor in here if tensor.dtype == dtype], found, one)
+    return found[0] > 0
 
 
 class Throughput(Callback):

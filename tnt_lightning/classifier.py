@@ -58,8 +58,9 @@ class Classifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
         loss = F.cross_entropy(self(images), targets, label_smoothing=self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
-        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups), batch_size=len(images))
+        if self.trainer._logger_connector.should_update_logs:  # the calls take a millisecond, on steps whose figures nobody keeps, too
+            self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+            self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups), batch_size=len(images))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -18,7 +18,9 @@ from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
-SECTIONS = ("model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "logger", "grid", "released", "publication")
+SECTIONS = (
+    "model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "compute", "logger", "grid", "released", "publication",
+)  # fmt: skip
 PUBLICATION = ("mean", "std", "crop_pct", "interpolation", "drop_path_rate", "clip_grad")  # what a model's own has instead of the recipe's
 KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
 
@@ -99,6 +101,7 @@ def _refuse_missing_keys(config: DictConfig) -> None:
         "trainer": [*map(str, OmegaConf.load(CONF / "trainer" / "default.yaml"))],
         "checkpoint": ["every_n_steps"],
         "faults": ["nonfinite", "nonfinite_in_a_row", "timeout_s"],
+        "compute": ["compile", "channels_last", "tf32"],
         "logger": ["name"],
     }
     for section, keys in needed.items():
@@ -115,6 +118,7 @@ def _refuse_missing_keys(config: DictConfig) -> None:
 
 def _refuse_unknown_keys(config: DictConfig) -> None:
     """Of the sections that are read here; models, data sets, optimizers and the Trainer know their own arguments."""
+    whole: Any = OmegaConf.load(CONF / "config.yaml")
     logger = f"{config.logger.name}.yaml" if config.logger.get("name") in ("csv", "none") else "wandb.yaml"
     readers = {
         "": KEYS,
@@ -122,7 +126,7 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
         "recipe.augmentation.": AUGMENTATIONS,
         "publication.": PUBLICATION,
         "data.augmentation.": AUGMENTATIONS,
-        **{f"{name}.": tuple(map(str, OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), name))) for name in ("checkpoint", "faults")},
+        **{f"{name}.": tuple(map(str, whole[name])) for name in ("checkpoint", "faults", "compute")},
         "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
     }
     for section, known in readers.items():

@@ -26,7 +26,7 @@ from tnt_lightning.errors import UserError, one_line
 # Of a configuration: a run with others is a run of the same row. data.root is one of them where a published set lies in it.
 FREE = ("seed", "data.seed", "resume", "faults.timeout_s", "data.num_workers", "data.cache", "data.cache_dir", "data.cache_gb",
         "data.download", "trainer.enable_progress_bar", "trainer.log_every_n_steps")  # fmt: skip
-FREE_SECTIONS = ("logger.", "checkpoint.")
+FREE_SECTIONS = ("logger.", "checkpoint.", "compute.")
 # Inside the package when installed from a wheel, in experiments/ in a checkout.
 _PLACES = (Path(__file__).parent / "paper.yaml", Path(__file__).parents[1] / "experiments" / "paper.yaml")
 PAPER: dict[str, Any] = yaml.safe_load(next(file for file in _PLACES if file.is_file()).read_text())
@@ -407,19 +407,38 @@ def _scaled(row: Row, figure: str, unit: float, form: str) -> str:
 # ---- the paper's figures
 
 
+class Place(NamedTuple):
+    """Where a configuration would stand in the paper's tables.
+
+    model: the file in conf/model/ that its network is of; knobs: those that are not as in that file
+    data: the data set as the tables call it; side: pixels of a square image. Each is None where the tables can have nothing of the kind.
+    """
+
+    model: str | None
+    knobs: dict[str, Any]
+    data: str | None
+    side: int | None
+
+
+def place(config: dict[str, Any]) -> Place:
+    name, size = _file(config, "model"), config.get("image_size")
+    changed = {} if name is None else {knob: config[knob] for knob in KNOBS if knob in config and config[knob] != _default(name, knob)}
+    if name == "tnt_s" and changed.keys() == {"words_per_patch", "inner_heads"}:  # Table 8 has rows whose heads had to change
+        del changed["inner_heads"]
+    side = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+    return Place(name, changed, _set(config), side if isinstance(side, int) else None)
+
+
 def published(config: dict[str, Any], knobs: dict[str, Any]) -> Published | None:
     """The paper's top-1 of a configuration, else that of TNT-S on ImageNet with the same value of the one knob that is swept."""
-    name, data, side = _file(config, "model"), _set(config), text(config.get("image_size"))
-    changed = {} if name is None else {knob: config[knob] for knob in KNOBS if knob in config and config[knob] != _default(name, knob)}
+    name, changed, data, side = place(config)
     row = PAPER["imagenet"].get(name)
-    if row is not None and data == "imagenet" and side in (f"{row['resolution']}", "[{0},{0}]".format(row["resolution"])):
+    if row is not None and data == "imagenet" and side == row["resolution"]:
         if not changed:
             return Published(row["top1"], "Table 4")
         if name == "tnt_s" and len(changed) == 1:
             return ablated(*next(iter(changed.items())))
-        if name == "tnt_s" and changed.keys() == {"words_per_patch", "inner_heads"}:  # Table 8 has rows whose heads had to change
-            return ablated("words_per_patch", changed["words_per_patch"])
-    if side in ("384", "[384,384]") and not changed and (figure := PAPER["transfer"].get(name, {}).get(data)) is not None:
+    if side == 384 and not changed and (figure := PAPER["transfer"].get(name, {}).get(data)) is not None:
         return Published(figure, "Table 9: fine-tuned at 384")
     swept = [knob for knob in knobs if knob in KNOBS]
     if data == "imagenet" or len(swept) != 1 or (figure := ablated(swept[0], knobs[swept[0]])) is None:
@@ -454,7 +473,7 @@ def _file(config: dict[str, Any], group: str) -> str | None:
     """The file in conf/GROUP/ that a run's model or data set is of, by what makes it that one."""
     if "model.name" in config:  # of model=timm: timm's model_name
         config = {**config, "model.model_name": config["model.name"]}
-    for name, file in _files(group).items():
+    for name, file in files(group).items():
         if "_target_" in file[group]:
             kept = {key: value for key, value in file[group].items() if "drop" not in key and "${" not in str(value)}
             kept = {"model_name" if key == "name" else key: value for key, value in kept.items()}
@@ -465,10 +484,10 @@ def _file(config: dict[str, Any], group: str) -> str | None:
 
 
 @functools.cache
-def _files(group: str) -> dict[str, dict[str, Any]]:
+def files(group: str) -> dict[str, dict[str, Any]]:
     files: dict[str, Any] = {path.stem: OmegaConf.to_container(OmegaConf.load(path)) for path in sorted((CONF / group).glob("[!_]*.yaml"))}
     return files
 
 
 def _default(model: str, knob: str) -> Any:
-    return _files("model")[model].get(knob)
+    return files("model")[model].get(knob)

@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ from tnt_lightning.config import (
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
+    import lightning as L
+
     from tnt_lightning.checkpoints import Origin
     from tnt_lightning.signals import Signals
 
@@ -41,8 +44,10 @@ SPEAKING_S = 8  # that other tasks give the first one to say what is wrong: the 
 
 
 # Of a configuration: what is no part of what a run came to.
-_BESIDE = ("logger.", "checkpoint.", "faults.", "data.num_workers=", "data.cache", "data.download=", "trainer.enable_progress_bar=",
-           "trainer.log_every_n_steps=")  # fmt: skip
+_BESIDE = (
+    "logger.", "checkpoint.", "faults.", "compute.", "data.num_workers=", "data.cache", "data.download=",
+    "trainer.enable_progress_bar=", "trainer.log_every_n_steps=",
+)  # fmt: skip
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
 
 
@@ -150,9 +155,10 @@ def main(config: DictConfig) -> float | None:
     return result.get("val/top1")
 
 
-def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
+def train(config: dict[str, Any], run: Path, *, beside: Sequence["L.Callback"] = ()) -> dict[str, Any]:
     """Train by a resolved config into the directory `run`; gives what result.json holds. Top-1 and top-5 are percent.
 
+    beside: callbacks that come along, to look on
     Where an unfinished run of that plan lies there, it goes on; of a finished one the result is given. SystemExit where a signal ends it.
     """
     from lightning.pytorch.utilities import rank_zero_only
@@ -180,14 +186,14 @@ def train(config: dict[str, Any], run: Path) -> dict[str, Any]:
             differ = []
             if not first and (result := runs.result_of(run)):  # of several tasks, of which the first one says the same
                 return result
-        return _train(config, run, signals, differ)
+        return _train(config, run, signals, differ, beside)
 
 
-def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str]) -> dict[str, Any]:
+def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[str], beside: Sequence["L.Callback"]) -> dict[str, Any]:
     import lightning as L
 
     from tnt_lightning import memory, ranks, show
-    from tnt_lightning.build import build_classifier, build_data, build_trainer
+    from tnt_lightning.build import build_classifier, build_data, build_trainer, speed_up
     from tnt_lightning.callbacks import EMA, Checkpoints, Finite, Throughput
     from tnt_lightning.curves import Curves
     from tnt_lightning.dashboard import Dashboard, Progress
@@ -217,6 +223,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     elif config["weights"]:  # a continued run has its own
         loaded = load_weights(classifier.backbone, config["weights"], new_head=recipe["new_head"])
 
+    speed_up(classifier, config["compute"])
     data.setup()
     data.skipped = run / "skipped.jsonl"
     assert data.parts is not None
@@ -242,7 +249,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
         origin=origin,
         timeout_s=faults["timeout_s"],
     )
-    callbacks.append(checkpoints)
+    callbacks += [checkpoints, *beside]
     trainer = build_trainer(config, run=run, callbacks=callbacks, curves=curves, dashboard=dashboard)
     ranks.join(trainer, faults["timeout_s"])
     data.trainer = trainer

@@ -19,7 +19,7 @@ PARTS = {
 def parts(root: Path) -> dict[str, Path]:
     """{train, val, test} of a tree, as far as they are there; {train: root} for one without: root/CLASS/IMAGE."""
     if not root.is_dir():
-        raise UserError(f"data.root={root}: no such folder")
+        raise UserError(f"data.root={root}: no such folder; give the one that holds train/ and val/, or a folder for each class")
     # A class may be called "train" too: its folder then holds images, not folders.
     named = {PARTS[name.lower()]: root / name for name in _folders(root) if name.lower() in PARTS}
     deep = [name for name, folder in named.items() if _folders(folder)]

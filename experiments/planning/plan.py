@@ -16,7 +16,7 @@ from tnt_lightning.models.cost import flops, parameters
 
 HERE = Path(__file__).parent
 BATCH = 1024  # of all GPUs: conf/recipe/imagenet.yaml
-PEAK = 989e12  # floating-point operations/s of an H100 SXM in bfloat16, without sparsity (data sheet)
+PEAK = 989e12  # floating-point operations/s of an H100 SXM in bfloat16, without sparsity (NVIDIA's table; README.md says where it was read)
 SHARES = (0.03, 0.1, 0.3)  # of it that training may reach: ASSUMED
 GPUS = (8, 64)
 NODE = 8  # GPUs of a node: ASSUMED

@@ -8,7 +8,7 @@ from torch import nn
 
 from tnt_lightning import CONF
 from tnt_lightning.errors import UserError, did_you_mean
-from tnt_lightning.models import timm
+from tnt_lightning.models import own, timm
 from tnt_lightning.models.pvt import PVT
 from tnt_lightning.models.t2t_vit import T2TViT
 from tnt_lightning.models.tnt import TNT, Explanation
@@ -22,12 +22,20 @@ OURS: dict[str, Callable[..., nn.Module]] = {f"tnt_lightning.models.{kind.__name
 def build_model(*, _target_: str = "", **knobs: Any) -> nn.Module:
     """The backbone that a config's `model` section describes. ValueError for knobs that do not fit, or a target that is not known.
 
-    Only ours and timm's are built: a config that came with somebody's run directory must not choose what code runs.
+    Only ours and timm's are built, and what the user has named in TNT_LIGHTNING_MODELS: a config that came with somebody's run directory
+    must not choose what code runs.
     """
     if _target_ == timm.TARGET:
         return timm.build(**knobs)
+    if own.allowed(_target_):
+        model = own.build(_target_, knobs)
+        model.built_with = {"_target_": _target_, **knobs}  # type: ignore[assignment]  # as below
+        return model
     if not isinstance(_target_, str) or _target_ not in OURS:
-        raise UserError(f"model._target_={_target_!r} is not built from a config; known: {', '.join([*OURS, timm.TARGET])}")
+        raise UserError(
+            f"model._target_={_target_!r} is not built from a config; known: {', '.join([*OURS, timm.TARGET])}; "
+            f"one of your own where {own.ALLOWED}=MODULE names its module"
+        )
     kind = OURS[_target_]
     known = kind.__init__.__kwdefaults__ or {}
     if unknown := sorted(set(knobs) - set(known)):
@@ -35,7 +43,7 @@ def build_model(*, _target_: str = "", **knobs: Any) -> nn.Module:
         raise UserError(f"model.{unknown[0]}={knobs[unknown[0]]}: no such knob{near}")
     model = kind(**knobs)
     if not isinstance(model, TNT):
-        model.knobs = knobs  # type: ignore[assignment]  # tells weights of another network from its own, as of timm's
+        model.built_with = knobs  # type: ignore[assignment]  # tells weights of another network from its own, as of timm's
     return model
 
 

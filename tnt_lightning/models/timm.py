@@ -38,5 +38,5 @@ def build(**given: Any) -> nn.Module:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", said)
         cure = f"; leave it out: ~model.{unknown[1]}" if unknown and unknown[1] in given else ""
         raise UserError(f"model.{key}={name}: {said}{cure}") from error
-    model.knobs = {"model_name": name, **knobs}  # type: ignore[assignment]  # tells weights of another network from its own
+    model.built_with = {"model_name": name, **knobs}  # type: ignore[assignment]  # tells weights of another network from its own
     return model

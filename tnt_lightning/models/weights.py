@@ -300,7 +300,7 @@ def _refuse_legacy(source: str, name: str) -> None:
 def _unseen_knobs(model: nn.Module) -> dict[str, Any]:
     """What makes another network of parameters of the same shapes; of others every argument, but for sizes and rates."""
     if not isinstance(model, TNT):
-        return _telling(getattr(model, "knobs", {}))
+        return _telling(getattr(model, "built_with", {}))
     found = {"patch_size": model.patch_size}
     for block in model.blocks:
         if isinstance(block, TNTBlock):
