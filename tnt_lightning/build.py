@@ -69,20 +69,6 @@ def build_classifier(config: Config) -> Classifier:
     return classifier
 
 
-def _refuse_other_outputs(config: Config, backbone: torch.nn.Module) -> None:
-    """Of a network of the user's own, which may give anything, and would be trained on logits for other classes without a word."""
-    data = config["data"]
-    side = data["image_size"]
-    shadow = copy.deepcopy(backbone).to("meta").eval()
-    with torch.no_grad():
-        logits = shadow(torch.empty(2, data["in_chans"], *([side, side] if isinstance(side, int) else side), device="meta"))
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, data["num_classes"]):
-        gives = f"the shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise UserError(
-            f"model._target_={config['model']['_target_']}: gives {gives} for 2 images; a backbone gives logits, (2, {data['num_classes']})"
-        )
-
-
 def _refuse_head_epochs(backbone: nn.Module, head_epochs: int, epochs: int) -> None:
     """Epochs of the head alone, where there is no head, nothing else to train before or after, or no epoch after them."""
     if not head_epochs:
@@ -98,6 +84,20 @@ def _refuse_head_epochs(backbone: nn.Module, head_epochs: int, epochs: int) -> N
     if not head & trained or not trained - head:
         frozen = "all but the head" if head & trained else "the head"
         raise UserError(f"{said}: recipe.freeze keeps {frozen} as it is; leave one of the two out")
+
+
+def _refuse_other_outputs(config: Config, backbone: torch.nn.Module) -> None:
+    """Of a network of the user's own, which may give anything, and would be trained on logits for other classes without a word."""
+    data = config["data"]
+    side = data["image_size"]
+    shadow = copy.deepcopy(backbone).to("meta").eval()
+    with torch.no_grad():
+        logits = shadow(torch.empty(2, data["in_chans"], *([side, side] if isinstance(side, int) else side), device="meta"))
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, data["num_classes"]):
+        gives = f"the shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise UserError(
+            f"model._target_={config['model']['_target_']}: gives {gives} for 2 images; a backbone gives logits, (2, {data['num_classes']})"
+        )
 
 
 def _refuse_too_large(config: Config) -> None:

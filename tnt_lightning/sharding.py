@@ -60,7 +60,7 @@ class Sharded(ModelParallelStrategy):
         assert self.model is not None
         checkpoint = self.checkpoint_io.load_checkpoint(checkpoint_path, map_location="cpu", weights_only=True)
         load(self.model, checkpoint["state_dict"])
-        names: dict[Any, str] = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             name = dict(enumerate(names[parameter] for group in optimizer.param_groups for parameter in group["params"]))
             named = _renamed(state, name)
