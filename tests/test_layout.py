@@ -86,7 +86,9 @@ def test_composing_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("room, package", [("dashboard", "wandb"), ("clusters", "submitit"), ("clusters", "ray"), ("kernels/inner", "triton")])
+@pytest.mark.parametrize(
+    "room, package", [("dashboard", "wandb"), ("clusters", "submitit"), ("clusters", "ray"), ("kernels/inner", "triton")]
+)
 def test_some_are_imported_late(room, package):
     early = [ast.unparse(node) for node in ast.parse((PACKAGE / f"{room}.py").read_text()).body]
     assert not any(line.startswith((f"import {package}", f"from {package}")) for line in early)

@@ -199,7 +199,9 @@ def _unable_once(
         with torch.cuda.device(index):
             needed = max(inner_triton.compiled(kernel, shape, words, weights).metadata.shared for kernel in kernels)
     except Exception as error:  # Triton's, for which a model that trains eagerly is no reason to fail
-        return f"Triton does not compile the fused kernels here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        return (
+            f"Triton does not compile the fused kernels here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
     if needed > (there := gpu.shared_memory_per_block_optin):
         return f"the fused kernels need {needed:,} bytes of shared memory, and {gpu.name} has {there:,}"
     return ""
@@ -269,9 +271,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, _):
     words, middle, attn_scale, mlp_scale, *parameters = ctx.saved_tensors
-    grad_words, flat = _inner_block_backward(
-        grad_out, words, middle, parameters, attn_scale, mlp_scale, ctx.num_heads, ctx.eps, ctx.dtype
-    )
+    grad_words, flat = _inner_block_backward(grad_out, words, middle, parameters, attn_scale, mlp_scale, ctx.num_heads, ctx.eps, ctx.dtype)
     like = Parameters(*parameters)._asdict()
     pieces = flat.split([like[name].numel() for name in _GRADIENTS])
     gradients = {name: piece.view_as(like[name]).to(like[name].dtype) for name, piece in zip(_GRADIENTS, pieces, strict=True)}

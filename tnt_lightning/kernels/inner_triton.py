@@ -381,7 +381,8 @@ def _constants(kernel: Any, shape: Shape, **flags: bool) -> dict[str, Any]:
         "CHUNK": min(32, max(16, triton.next_power_of_2(shape.hidden))),
         "TILE": max(launch.tile, group),
     }
-    return {**{name: value for name, value in constants.items() if name in kernel.arg_names}, "num_warps": launch.num_warps, "num_stages": 1}
+    taken = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return {**taken, "num_warps": launch.num_warps, "num_stages": 1}
 
 
 def _programs(kernel: Any, shape: Shape, device: torch.device, num_tokens: int) -> int:
@@ -393,7 +394,7 @@ def _programs(kernel: Any, shape: Shape, device: torch.device, num_tokens: int) 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()  # type: ignore[return-value]
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compiled(kernel: Any, shape: Shape, words: torch.dtype, weights: torch.dtype) -> Any:
@@ -446,5 +447,3 @@ def backward(
             num_tokens, **_constants(inner_attention_backward, shape, has_scale=attn_scale is not None),
         )  # fmt: skip
     return grad_words, torch.cat([of_attention.sum(0), of_mlp.sum(0)])
-
-

@@ -120,9 +120,8 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
-        if not torch.jit.is_scripting():
-            if self.kernel != "eager" and maps is None and self._fuses(x):
-                return self._fused(x)
+        if not torch.jit.is_scripting() and self.kernel != "eager" and maps is None and self._fuses(x):
+            return self._fused(x)
         x = x + self.drop_path(self.attn(self.norm1(x), maps))
         update = self.mlp(self.norm2(x))
         if self.se is not None:
@@ -150,17 +149,16 @@ class TransformerBlock(nn.Module):
         return ""
 
     def _fused(self, words: Tensor) -> Tensor:
+        mlp: Any = self.mlp
         parameters = inner.Parameters(
             self.norm1.weight, self.norm1.bias, self.attn.qk.weight, self.attn.v.weight, self.attn.proj.weight, self.attn.proj.bias,
-            self.norm2.weight, self.norm2.bias, self.mlp.fc1.weight, self.mlp.fc1.bias, self.mlp.fc2.weight, self.mlp.fc2.bias,
+            self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
         )  # fmt: skip
         scales: list[Tensor | None] = [None, None]
         if self.training and isinstance(self.drop_path, DropPath):  # drawn twice, as the layers do
             kept = torch.ones(words.shape[0], device=words.device)
             scales = [self.drop_path(kept), self.drop_path(kept)]
-        return inner.fused(
-            words, parameters, num_heads=self.attn.num_heads, eps=self.norm1.eps, attn_scale=scales[0], mlp_scale=scales[1]
-        )
+        return inner.fused(words, parameters, num_heads=self.attn.num_heads, eps=self.norm1.eps, attn_scale=scales[0], mlp_scale=scales[1])
 
 
 class Fold(nn.Module):
