@@ -153,7 +153,8 @@ def _products(words: Tensor) -> torch.dtype:
 
 @torch.compiler.assume_constant_result
 def _tf32() -> bool:
-    return torch._C._get_cublas_allow_tf32()
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32  # torch before 2.9
 
 
 @torch.compiler.assume_constant_result

@@ -382,7 +382,7 @@ def _constants(kernel: Any, shape: Shape, **flags: bool) -> dict[str, Any]:
         "TILE": max(launch.tile, group),
     }
     taken = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    return {**taken, "num_warps": launch.num_warps, "num_stages": 1}
+    return {**taken, "num_warps": launch.num_warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def _programs(kernel: Any, shape: Shape, device: torch.device, num_tokens: int) -> int:
