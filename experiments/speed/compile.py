@@ -62,10 +62,21 @@ def shape_of(network: str, dtype: torch.dtype) -> Shape:
     return Shape(m, c, 4 * c, heads, 1e-5, dtype)
 
 
-def measured(kernel: Any, shape: Shape, architecture: int, words: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Of a kernel as training launches it, with parameters in float32. spilled: bytes of the stack, which is registers that did not fit."""
+def measured(kernel: Any, shape: Shape, architecture: int) -> list[dict[str, Any]]:
+    """Of each launch of a kernel in training, with words and parameters in float32.
+
+    part: the gradients that it is for, where that is not all; spilled: bytes of the stack, which is registers that did not fit
+    """
     with as_if_on(architecture):
-        built = compiled(kernel, shape, words, torch.float32)
+        built = compiled(kernel, shape, torch.float32, torch.float32)
+    names = ("",) if len(built) == 1 else ("words", "weights")
+    return [
+        {"kernel": kernel.__name__, "part": name, **_resources(kernel, shape, architecture, one)}
+        for name, one in zip(names, built, strict=True)
+    ]
+
+
+def _resources(kernel: Any, shape: Shape, architecture: int, built: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -77,7 +88,6 @@ def measured(kernel: Any, shape: Shape, architecture: int, words: torch.dtype = 
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.MULTILINE))
     launch = inner_triton.LAUNCHES[kernel.__name__][shape.padded]
     return {
-        "kernel": kernel.__name__,
         "tile": max(launch.tile, 16, shape.num_words),
         "warps": launch.num_warps,
         "registers": int(resources["REG"]),
@@ -95,9 +105,9 @@ def main() -> None:
         for network in NETWORKS:
             for dtype in (torch.bfloat16, torch.float16, torch.float32) if network == "TNT-S" else (torch.bfloat16,):
                 for kernel in KERNELS:
-                    found = measured(kernel, shape_of(network, dtype), architecture)
-                    rows.append({"sm": architecture, "network": network, "products": str(dtype).removeprefix("torch."), **found})
-                    print(*rows[-1].values(), flush=True)
+                    for found in measured(kernel, shape_of(network, dtype), architecture):
+                        rows.append({"sm": architecture, "network": network, "products": str(dtype).removeprefix("torch."), **found})
+                        print(*rows[-1].values(), flush=True)
     with (Path(__file__).parent / "compile.csv").open("w", newline="") as file:
         file.write(
             f"# Triton {triton.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}; bytes; no GPU was at hand\n"

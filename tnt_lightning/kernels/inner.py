@@ -198,7 +198,8 @@ def _unable_once(
         shape = inner_triton.Shape(num_words, dim, hidden, num_heads, 1e-5, dtype)
         kernels = inner_triton.KERNELS if training else (inner_triton.inner_forward,)
         with torch.cuda.device(index):
-            needed = max(inner_triton.compiled(kernel, shape, words, weights).metadata.shared for kernel in kernels)
+            parts = [part for kernel in kernels for part in inner_triton.compiled(kernel, shape, words, weights)]
+        needed = max(part.metadata.shared for part in parts)
     except Exception as error:  # Triton's, for which a model that trains eagerly is no reason to fail
         return (
             f"Triton does not compile the fused kernels here ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
