@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -87,15 +88,15 @@ def reference(
 # ---- the choice
 
 
-def fuses(words: Tensor, *, num_heads: int, hidden: int, weights: torch.dtype, kernel: str, otherwise: str = "") -> bool:
+def fuses(words: Tensor, *, num_heads: int, hidden: int, weights: torch.dtype, kernel: str, otherwise: Callable[[], str] = str) -> bool:
     """Whether the fused kernels compute this block: never by kernel=eager, by auto where they can (else the log says why not, once).
 
-    hidden: units of the MLP's hidden layer; weights: the dtype of the parameters; otherwise: a reason against it that the caller has
+    hidden: units of the MLP's hidden layer; weights: the dtype of the parameters; otherwise: what else the caller has against it, or ""
     UserError where kernel=triton asks for what they cannot do. What is recorded is eager.
     """
     if kernel == "eager" or is_recorded(words):
         return False
-    why = otherwise or _why_not(words, num_heads, hidden, weights, asked=kernel == "triton")
+    why = _no_device(words, asked=kernel == "triton") or otherwise() or _why_not(words, num_heads, hidden, weights)
     if why:
         _refuse(why) if kernel == "triton" else _say(why)
     return not why
@@ -123,22 +124,25 @@ def misfit(*, num_words: int, dim: int, num_heads: int, hidden: int) -> str:
     return ""
 
 
-def _why_not(words: Tensor, num_heads: int, hidden: int, weights: torch.dtype, *, asked: bool) -> str:
-    device = words.device
-    interpreted = asked and INTERPRETED and device.type == "cpu"
-    if device.type != "cuda" and not interpreted:
-        return f"the words are on the device {device.type}, and the fused kernels are for NVIDIA's GPUs"
+def _no_device(words: Tensor, *, asked: bool) -> str:
+    kind = words.device.type
+    if kind == "cuda" or (asked and INTERPRETED and kind == "cpu"):
+        return ""
+    return f"the words are on the device {kind}, and the fused kernels are for NVIDIA's GPUs"
+
+
+def _why_not(words: Tensor, num_heads: int, hidden: int, weights: torch.dtype) -> str:
     num_words, dim, dtype = words.shape[1], words.shape[2], _products(words)
     if why := misfit(num_words=num_words, dim=dim, num_heads=num_heads, hidden=hidden):
         return why
     for given in (words.dtype, dtype, weights):
         if given not in (torch.float32, torch.bfloat16, torch.float16):
             return f"numbers of the type {given}, and the fused kernels take float32, bfloat16 and float16"
-    if interpreted:
+    if words.device.type == "cpu":  # interpreted
         return ""
     if dtype == torch.float32 and not _tf32():
         return "float32 without TF32 is slow in the fused kernels; torch.set_float32_matmul_precision('high') allows TF32"
-    return _unable(device.index, num_words, dim, hidden, num_heads, dtype, words.dtype, weights, torch.is_grad_enabled())
+    return _unable(words.device.index, num_words, dim, hidden, num_heads, dtype, words.dtype, weights, torch.is_grad_enabled())
 
 
 def _products(words: Tensor) -> torch.dtype:

@@ -133,7 +133,7 @@ class TransformerBlock(nn.Module):
             return False
         weight = self.mlp.fc1.weight
         heads, hidden, dtype = self.attn.num_heads, weight.shape[0], weight.dtype
-        return inner.fuses(words, num_heads=heads, hidden=hidden, weights=dtype, kernel=self.kernel, otherwise=self.unlike_the_kernels())
+        return inner.fuses(words, num_heads=heads, hidden=hidden, weights=dtype, kernel=self.kernel, otherwise=self.unlike_the_kernels)
 
     def unlike_the_kernels(self) -> str:
         """What the layers of this block do that the fused kernels would not; empty where they compute the same."""
