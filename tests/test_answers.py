@@ -161,7 +161,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(said, tmp_path, arguments):
     "arguments, line",
     [
         ([], "nothing to measure; name a run, run=outputs/..., or weights for a model: model=tnt_s weights=released data=..."),
-        (["run={run}", "model=tnt_s"], "model=tnt_s: of a finished run only data.* and trainer.* can be changed"),
+        (["run={run}", "model=tnt_s"], "model=tnt_s: of a finished run only data.*, trainer.* and kernel can be changed"),
         (["run={run}", "data.bath_size=3"], "data.bath_size=3: no such key; did you mean data.batch_size"),
         (["run={run}", "data.batch_size=abc"], "data.batch_size=abc is not a whole number from 1 to 16,777,216"),
         (["run={run}", "data.mean=[a]"], "data.mean=[a] is not a number from -10000 to 10000 or [a number from -10000 to 10000]"),

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "tnt_lightning"
 FLOORS = [  # a module may import from its own floor and the ones before
     {"tnt_lightning", "errors", "signals"},
     {"faults", "memory", "runs", "schema", "trees"},
-    {"checkpoints", "curves", "sharding"},
+    {"checkpoints", "curves", "sharding", "kernels"},
     {"models"},
     {"data"},
     {"classifier", "callbacks", "ranks"},
@@ -47,6 +47,7 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
     "litdata": {"data", "prepare"},
     "submitit": {"clusters"},
     "ray": {"clusters"},
+    "triton": {"kernels"},
 }
 
 
@@ -87,7 +88,9 @@ def test_composing_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("room, package", [("dashboard", "wandb"), ("clusters", "submitit"), ("clusters", "ray")])
+@pytest.mark.parametrize(
+    "room, package", [("dashboard", "wandb"), ("clusters", "submitit"), ("clusters", "ray"), ("kernels/inner", "triton")]
+)
 def test_some_are_imported_late(room, package):
     early = [ast.unparse(node) for node in ast.parse((PACKAGE / f"{room}.py").read_text()).body]
     assert not any(line.startswith((f"import {package}", f"from {package}")) for line in early)

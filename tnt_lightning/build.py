@@ -22,6 +22,7 @@ from tnt_lightning.curves import Curves
 from tnt_lightning.dashboard import Dashboard
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError, did_you_mean
+from tnt_lightning.kernels import inner
 from tnt_lightning.models import build_model, own
 from tnt_lightning.models.parts import freeze, head_parameters
 
@@ -49,6 +50,8 @@ def build_classifier(config: Config) -> Classifier:
     _refuse_sections("optimizer", config["optimizer"])
     if config["model"].get("global_pool") == "":
         raise UserError("model.global_pool='': logits for each token, of which a classifier cannot be trained; try token or avg")
+    if config["model"].get("kernel") == "triton" and not (_has_gpu(config["trainer"]["accelerator"]) or inner.INTERPRETED):
+        raise inner.refusal("no GPU of NVIDIA's to run on")
     _refuse_too_large(config)
     backbone = build_model(**config["model"])
     freeze(backbone, recipe.get("freeze"))  # an older run has neither this nor head_epochs
@@ -205,8 +208,12 @@ def _refuse_sections(section: str, arguments: Mapping[str, Any]) -> None:
             raise UserError(f"{section}.{name}={value}: a section; the arguments of the {section} are plain values")
 
 
+def _has_gpu(accelerator: str) -> bool:
+    return accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+
+
 def best_precision(accelerator: str) -> str:
     """bfloat16 on a GPU that has it, otherwise float16 with scaling; float32 elsewhere."""
-    if accelerator not in ("auto", "gpu", "cuda") or not torch.cuda.is_available():
+    if not _has_gpu(accelerator):
         return "32-true"
     return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from tnt_lightning import CONF, runs
-from tnt_lightning.config import KNOBS, as_sweep, keys_of, models_with
+from tnt_lightning.config import OF_SOME_MODELS, as_sweep, keys_of, models_with
 from tnt_lightning.errors import UserError, did_you_mean, one_line
 from tnt_lightning.faults import explained
 from tnt_lightning.schema import KINDS
@@ -246,7 +246,7 @@ def _first_line(error: Exception) -> str:
 
 def _unknown_key(key: str, overrides: list[str], config_name: str) -> str:
     given = next((arg for arg in overrides if arg.lstrip("+~").split("=")[0] == key), key)
-    if key in KNOBS:
+    if key in OF_SOME_MODELS:
         model = next((arg.split("=")[1] for arg in overrides if arg.startswith("model=")), None)
         return (
             f"{given}: {f'model={model}' if model else 'this model'} has no such knob; models that have it: {', '.join(models_with(key))}"

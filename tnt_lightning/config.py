@@ -18,11 +18,12 @@ from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
 KNOBS = ("inner_heads", "words_per_patch", "position_encoding", "se", "tnt_blocks")
+OF_SOME_MODELS = (*KNOBS, "kernel")  # what a model's file sets at the top
 SECTIONS = (
     "model", "data", "optimizer", "recipe", "trainer", "checkpoint", "faults", "compute", "logger", "grid", "released", "publication",
 )  # fmt: skip
 PUBLICATION = ("mean", "std", "crop_pct", "interpolation", "drop_path_rate", "clip_grad")  # what a model's own has instead of the recipe's
-KEYS = (*SECTIONS, *KNOBS, "image_size", "seed", "weights", "resume")
+KEYS = (*SECTIONS, *OF_SOME_MODELS, "image_size", "seed", "weights", "resume")
 
 
 def models_with(knob: str) -> list[str]:
@@ -58,7 +59,7 @@ def check_values(config: DictConfig, model: str) -> None:
         if value is not missing and not kind.fits(value):
             quote = f"; quote it: {key}=\"'{text(value)}'\"" if "text" in kind.words and isinstance(value, (bool, int, float)) else ""
             raise UserError(f"{key}={text(value)} is not {kind.words}{quote}")
-    for knob in KNOBS:
+    for knob in OF_SOME_MODELS:
         if knob not in config:
             continue
         if knob not in config.model:
@@ -187,12 +188,13 @@ def flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def refuse_to_continue(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """What must stay for a run to go on: the network; the seed and the data, which set the order and the split; what its state is of."""
+    """What must stay for a run to go on: the network, however it is computed; the seed and the data, which set the order and the split;
+    what its state is of."""
     free = ("root", "num_workers", "augmentation", "on_error", "cache", "cache_dir", "cache_gb", "download", "subset")
     plans = []
     for config in (before, now):
         data = {f"data.{name}": value for name, value in config["data"].items() if name not in free}
-        model = {f"model.{name}": value for name, value in config["model"].items() if "drop" not in name}
+        model = {f"model.{name}": value for name, value in config["model"].items() if "drop" not in name and name != "kernel"}
         plans.append(
             {
                 "seed": config["seed"],

@@ -40,7 +40,8 @@ def main(config: DictConfig) -> None:
 
 
 def evaluate_run(run: str, overrides: list[str]) -> Figures:
-    """Measure a run (a directory, or a checkpoint in one) by its own config, in which overrides of data.* and trainer.* change values.
+    """Measure a run (a directory, or a checkpoint in one) by its own config, in which overrides of data.*, trainer.* and kernel change
+    values; without one, kernel=triton of another machine is auto here.
 
     Prints the figures beside the recorded ones and gives them.
     """
@@ -49,14 +50,16 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    config = _plain(runs.config_of(directory), directory / "config.yaml")
+    config = _plain(runs.elsewhere(runs.config_of(directory)), directory / "config.yaml")
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
-        if key.split(".")[0] not in ("data", "trainer") or "." not in key or override.is_delete():
-            raise UserError(f"{override.input_line}: of a finished run only data.* and trainer.* can be changed")
+        free = key == "kernel" or ("." in key and key.split(".")[0] in ("data", "trainer"))
+        if not free or override.is_delete():
+            raise UserError(f"{override.input_line}: of a finished run only data.*, trainer.* and kernel can be changed")
         try:
-            OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+            for place in (key, "model.kernel") if key == "kernel" else (key,):
+                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
         except OmegaConfBaseException:
             raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
     check_values(config, "the run's")  # an older run may lack what came later

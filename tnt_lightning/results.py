@@ -24,8 +24,8 @@ from tnt_lightning.config import KNOBS, flat, text
 from tnt_lightning.errors import UserError, one_line
 
 # Of a configuration: a run with others is a run of the same row. data.root is one of them where a published set lies in it.
-FREE = ("seed", "data.seed", "resume", "faults.timeout_s", "data.num_workers", "data.cache", "data.cache_dir", "data.cache_gb",
-        "data.download", "trainer.enable_progress_bar", "trainer.log_every_n_steps")  # fmt: skip
+FREE = ("seed", "data.seed", "resume", "kernel", "model.kernel", "faults.timeout_s", "data.num_workers", "data.cache", "data.cache_dir",
+        "data.cache_gb", "data.download", "trainer.enable_progress_bar", "trainer.log_every_n_steps")  # fmt: skip
 FREE_SECTIONS = ("logger.", "checkpoint.", "compute.")
 # Inside the package when installed from a wheel, in experiments/ in a checkout.
 _PLACES = (Path(__file__).parent / "paper.yaml", Path(__file__).parents[1] / "experiments" / "paper.yaml")
@@ -316,7 +316,7 @@ def _notes(row: Row) -> Iterator[str]:
     for words, values in {
         "device": {text(run.result.get("device")) for run in finished},
         "devices": {text(run.result.get("devices")) for run in finished},
-        **{key: {text(run.config.get(key)) for run in finished} for key in ("data.num_workers", "data.cache")},
+        **{key: {text(run.config.get(key)) for run in finished} for key in ("data.num_workers", "data.cache", "kernel")},
     }.items():
         if len(values) > 1:
             yield f"{row.name}: its images/s and time are of runs with different {words}: {', '.join(sorted(values))}"

@@ -117,20 +117,22 @@ def _same(one: str, other: str) -> bool:
     return _plan(one) == _plan(other)
 
 
-def _plan(text: str) -> list[str]:
-    return [line for line in text.splitlines() if not line.startswith("resume:")]
+def _plan(text: str, beside: tuple[str, ...] = ("resume:",)) -> list[str]:
+    return [line for line in text.splitlines() if not line.strip().startswith(beside)]
 
 
 def unfinished(config: Mapping[str, Any], *, beside: Path) -> list[Path]:
     """The runs of this very configuration that can go on, the newest first: of those that lie beside a run directory, or in the
     folders of other days where it lies in one of days (outputs/DATE/TIME)."""
-    wanted = _plan(recorded(config))
+    beside_the_point = ("resume:", "kernel:")  # how it is computed
+    wanted = _plan(recorded(config), beside_the_point)
     dated = beside.parent.parent.glob("????-??-??/*/config.yaml") if _is_date(beside.parent.name) else ()
     found = []
     for file in {*beside.parent.glob("*/config.yaml"), *dated}:
         run = file.parent
         with contextlib.suppress(OSError, ValueError):
-            if run != beside and not (run / "result.json").exists() and _plan(file.read_text()) == wanted and not busy(run):
+            same = run != beside and _plan(file.read_text(), beside_the_point) == wanted
+            if same and not (run / "result.json").exists() and not busy(run):
                 found.append((_last_written(run), run))
     return [run for _, run in sorted(found, reverse=True)]
 
@@ -159,6 +161,16 @@ def config_of(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not all(isinstance(config.get(name), dict) for name in ("model", "data", "recipe", "trainer")):
         raise UserError(f"{file} is not the configuration of a run")
     return config
+
+
+def elsewhere(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a run for another process, maybe on another machine: a kernel that was asked for there becomes `auto`, and a
+    run from before there was a choice is computed layer by layer, as it was."""
+    if config["model"].get("_target_") != "tnt_lightning.models.TNT":
+        return config
+    kernel = config["model"].get("kernel", "eager")
+    kernel = "auto" if kernel == "triton" else kernel
+    return {**config, "kernel": kernel, "model": {**config["model"], "kernel": kernel}}
 
 
 def _larger_than(most: int, config: Any) -> bool:

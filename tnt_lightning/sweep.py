@@ -40,7 +40,9 @@ AWAY = ("queued", "running")  # states of a job that was handed over and has not
 ON_GPU = ("auto", "gpu", "cuda")  # the values of trainer.accelerator that may mean one
 # Of the configuration: a run with others is the same run, without a word, or with one.
 FREE = ("data.num_workers", "trainer.enable_progress_bar", "logger")
-MEANS = ("trainer.devices", "data.cache", "data.download", "checkpoint.", "compute.", "faults.timeout_s")
+MEANS = (
+    "kernel=", "model.kernel=", "compute.", "trainer.devices", "data.cache", "data.download", "checkpoint.", "faults.timeout_s",
+)  # fmt: skip
 # What starts processes of one job, and what a batch system says of another one.
 _OF_OTHERS = (
     "LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",

@@ -45,7 +45,7 @@ SPEAKING_S = 8  # that other tasks give the first one to say what is wrong: the 
 
 # Of a configuration: what is no part of what a run came to.
 _BESIDE = (
-    "logger.", "checkpoint.", "faults.", "compute.", "data.num_workers=", "data.cache", "data.download=",
+    "kernel=", "model.kernel=", "compute.", "logger.", "checkpoint.", "faults.", "data.num_workers=", "data.cache", "data.download=",
     "trainer.enable_progress_bar=", "trainer.log_every_n_steps=",
 )  # fmt: skip
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")

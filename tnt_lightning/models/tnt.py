@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tnt_lightning.errors import UserError
+from tnt_lightning.kernels import inner
 from tnt_lightning.models import knobs
 
 POSITION_ENCODINGS = ("none", "sentence", "word", "both")
@@ -90,6 +91,7 @@ class TransformerBlock(nn.Module):
     """Pre-norm transformer block over (B, T, dim) (paper, Eq. 1): attention, then an MLP, each on a residual branch.
 
     Drop path is drawn for each entry of the first dimension: a patch in the inner transformer, an image in the outer.
+    kernel: "eager", or what may compute the block instead of its layers: see `TNT`; for a short and narrow inner block only
     """
 
     def __init__(
@@ -104,8 +106,10 @@ class TransformerBlock(nn.Module):
         drop_path_rate: float,
         fused_attn: bool,
         se: bool = False,
+        kernel: str = "eager",
     ):
         super().__init__()
+        self.kernel = kernel
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(
             dim, num_heads=num_heads, qkv_bias=qkv_bias, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, fused_attn=fused_attn
@@ -116,11 +120,45 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate > 0 else nn.Identity()
 
     def forward(self, x: Tensor, maps: list[Tensor] | None = None) -> Tensor:
+        if not torch.jit.is_scripting() and self.kernel != "eager" and maps is None and self._fuses(x):
+            return self._fused(x)
         x = x + self.drop_path(self.attn(self.norm1(x), maps))
         update = self.mlp(self.norm2(x))
         if self.se is not None:
             update = update + self.se(update)
         return x + self.drop_path(update)
+
+    def _fuses(self, words: Tensor) -> bool:
+        if inner.is_recorded(words):
+            return False
+        weight = self.mlp.fc1.weight
+        heads, hidden, dtype = self.attn.num_heads, weight.shape[0], weight.dtype
+        return inner.fuses(words, num_heads=heads, hidden=hidden, weights=dtype, kernel=self.kernel, otherwise=self.unlike_the_kernels)
+
+    def unlike_the_kernels(self) -> str:
+        """What the layers of this block do that the fused kernels would not; empty where they compute the same."""
+        linear = (self.attn.qk, self.attn.v, self.attn.proj, self.mlp.fc1, self.mlp.fc2)
+        if any(type(layer) is not nn.Linear for layer in linear):
+            return "its linear layers are others than torch's"
+        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in (self.norm1, self.attn, self.norm2, self.mlp, *linear)):
+            return "its layers have hooks"
+        if self.attn.qk.bias is not None:
+            return "qkv_bias=true is not in the fused kernels"
+        if self.attn.attn_drop.p or self.attn.proj_drop.p:
+            return "dropout (drop_rate, attn_drop_rate) is not in the fused kernels"
+        return ""
+
+    def _fused(self, words: Tensor) -> Tensor:
+        mlp: Any = self.mlp
+        parameters = inner.Parameters(
+            self.norm1.weight, self.norm1.bias, self.attn.qk.weight, self.attn.v.weight, self.attn.proj.weight, self.attn.proj.bias,
+            self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+        )  # fmt: skip
+        scales: list[Tensor | None] = [None, None]
+        if self.training and isinstance(self.drop_path, DropPath):  # drawn twice, as the layers do
+            kept = torch.ones(words.shape[0], device=words.device)
+            scales = [self.drop_path(kept), self.drop_path(kept)]
+        return inner.fused(words, parameters, num_heads=self.attn.num_heads, eps=self.norm1.eps, attn_scale=scales[0], mlp_scale=scales[1])
 
 
 class Fold(nn.Module):
@@ -203,6 +241,9 @@ class TNT(nn.Module):
     drop_rate: dropout after positions, projections and in MLPs; attn_drop_rate: of attention maps;
     drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first
     global_pool: "token" (the class token), "avg" (mean of the sentences) or "" (no pooling: logits for each token)
+    kernel: how the inner transformers are computed, no part of the network. "eager": layer by layer; "triton": each in one fused kernel
+    for NVIDIA's GPUs (bf16, fp16, TF32), UserError where that cannot be; "auto": fused where it can be, else layer by layer, and the
+    log says why once. Attention maps, dropout, qkv_bias, and what is exported or scripted are always layer by layer.
 
     The class keeps timm's contract for backbones, so timm's tools work on it. ValueError, with values that would do,
     for knobs that do not fit each other.
@@ -232,6 +273,7 @@ class TNT(nn.Module):
         drop_path_rate: float = 0.0,
         qkv_bias: bool = False,
         global_pool: Literal["token", "avg", ""] = "token",
+        kernel: Literal["auto", "eager", "triton"] = "auto",
     ):
         super().__init__()
         knobs.check_whole(
@@ -254,6 +296,7 @@ class TNT(nn.Module):
         knobs.check_heads("outer", outer_heads, outer_dim)
         knobs.check_choice("position_encoding", position_encoding, POSITION_ENCODINGS)
         knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
+        knobs.check_choice("kernel", kernel, inner.KERNELS)
         knobs.check_rates(drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         knobs.check_mlp_ratio(mlp_ratio, min(inner_dim, outer_dim))
         for name, value in (("se", se), ("qkv_bias", qkv_bias)):
@@ -292,9 +335,14 @@ class TNT(nn.Module):
             outer = TransformerBlock(outer_dim, num_heads=outer_heads, fused_attn=use_fused_attn(), se=se, **shared)
             if number in with_words:
                 # Words: m tokens of a few channels a head, where the fused attention of torch is slower than the plain one.
-                inner = TransformerBlock(inner_dim, num_heads=inner_heads, fused_attn=False, **shared)
+                among_words = TransformerBlock(inner_dim, num_heads=inner_heads, fused_attn=False, kernel=kernel, **shared)
+                if kernel == "triton":
+                    hidden = int(inner_dim * mlp_ratio)
+                    shape = dict(num_words=words_per_patch, dim=inner_dim, num_heads=inner_heads, hidden=hidden)
+                    if why := inner.misfit(**shape) or among_words.unlike_the_kernels():
+                        raise inner.refusal(why)
                 fold = Fold(words_per_patch=words_per_patch, inner_dim=inner_dim, outer_dim=outer_dim, bias=False)
-                blocks.append(TNTBlock(inner=inner, fold=fold, outer=outer))
+                blocks.append(TNTBlock(inner=among_words, fold=fold, outer=outer))
             else:
                 blocks.append(PlainBlock(outer=outer))
         self.blocks = nn.ModuleList(blocks)

@@ -105,10 +105,11 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> nn.Module:
     """The backbone of a run, in evaluation mode, rebuilt from its own config, with the averaged weights of a checkpoint.
 
     path: a run directory, or a checkpoint in one; checkpoint: "best", "last", or None for the one that the result is of.
+    Of a run by kernel=triton the backbone has kernel="auto": it works without a GPU, too.
     UserError for what is missing, or not a run.
     """
     run, file = runs.locate(path, checkpoint)
-    backbone = build_model(**runs.config_of(run)["model"])
+    backbone = build_model(**runs.elsewhere(runs.config_of(run))["model"])
     load_weights(backbone, file, exact=True)
     return backbone.eval()
 
@@ -311,7 +312,7 @@ def _unseen_knobs(model: nn.Module) -> dict[str, Any]:
 
 
 def _telling(knobs: dict[str, Any]) -> dict[str, Any]:
-    free = ("_target_", "image_size", "img_size", "in_chans", "num_classes", "global_pool")
+    free = ("_target_", "image_size", "img_size", "in_chans", "num_classes", "global_pool", "kernel")
     return {name: value for name, value in by_one_name(knobs).items() if name not in free and "drop" not in name}
 
 
