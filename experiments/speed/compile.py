@@ -28,7 +28,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a block can have: A100, 
 LEAST = 99 * 1024  # of GPUs from Ampere on: the consumers' ones
 NETWORKS = {  # words a patch, channels, heads
     "TNT-Ti": (16, 12, 2), "TNT-S": (16, 24, 4), "TNT-B": (16, 40, 4), "TNT-S, m=64": (64, 6, 2), "TNT-S, m=4": (4, 96, 4),
-    "TNT-S, 8 heads": (16, 24, 8),
+
 }  # fmt: skip
 COUNTED = ("HGMMA", "HMMA", "MUFU", "SHFL", "BAR", "LDS", "STS", "LDL", "STL")  # tensor cores, functions, shuffles, barriers, memory
 

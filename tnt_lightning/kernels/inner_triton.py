@@ -392,7 +392,7 @@ class Launch(NamedTuple):
 LAUNCHES = {
     "inner_forward": {16: Launch(64, 4, 8), 32: Launch(64, 4, 8), 64: Launch(64, 4, 4), 128: Launch(32, 8, 2)},
     "inner_mlp_backward": {16: Launch(64, 4, 4), 32: Launch(64, 4, 2), 64: Launch(64, 8, 1), 128: Launch(32, 8, 1, True)},
-    "inner_attention_backward": {16: Launch(64, 4, 4), 32: Launch(64, 4, 2), 64: Launch(64, 8, 1), 128: Launch(16, 8, 1, True)},
+    "inner_attention_backward": {16: Launch(64, 4, 4), 32: Launch(64, 4, 2), 64: Launch(32, 8, 1), 128: Launch(16, 8, 1, True)},
 }
 KERNELS = (inner_forward, inner_mlp_backward, inner_attention_backward)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
