@@ -102,9 +102,9 @@ def start(run: Path, config: Mapping[str, Any], *, classes: Sequence[str] | None
     if file.exists() and not _same(before := file.read_text(), text):
         free = next(name for number in itertools.count(1) if not (name := run / f"config.before{number}.yaml").exists())
         write(free, before)
+    write(file, text)
     if classes:
         write(run / CLASSES, json.dumps(list(classes)) + "\n")
-    write(file, text)
 
 
 def put_aside(run: Path) -> Path:
