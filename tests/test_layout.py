@@ -17,9 +17,9 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"classifier", "callbacks", "ranks"},
     {"build", "show", "config", "dashboard"},
     {"cli", "zygote"},
-    {"sweep", "results"},
+    {"sweep", "results", "trained"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "predict", "export"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark"},
@@ -43,6 +43,8 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
     "wandb": {"dashboard", "workspace"},
     "wandb_workspaces": {"workspace"},
     "plotly": {"charts"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "matplotlib": {"speed"},
     "litdata": {"data", "prepare"},
     "submitit": {"clusters"},

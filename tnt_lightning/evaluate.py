@@ -1,6 +1,5 @@
 """`python -m tnt_lightning.evaluate run=DIR`, or `model=... weights=... data=...`: top-1, top-5 and loss of what is trained already."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -9,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check, check_values
+from tnt_lightning.config import check, check_values, of_run
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    config = _plain(runs.elsewhere(runs.config_of(directory)), directory / "config.yaml")
+    config = of_run(directory)
     OmegaConf.set_struct(config, True)
     for override in OverridesParser.create().parse_overrides(overrides):
         key = override.key_or_group
@@ -80,23 +79,6 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
             if recorded.get(name, now) != now:
                 print(f"note: {name} now {now}, recorded with {recorded[name]}; the last digits may differ")
     return figures
-
-
-def _plain(recorded: dict[str, Any], file: Path) -> DictConfig:
-    """A recorded configuration, of which nothing is left to resolve: an interpolation in somebody's would read this machine's secrets."""
-    todo: list[tuple[str, Any]] = [("", recorded)]
-    for place, value in todo:
-        if isinstance(value, dict):
-            todo += [(f"{place}.{key}".lstrip("."), key) for key in value]
-            todo += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [(place, inner) for inner in value]
-        elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{file}: {place}={value}: an interpolation; the configuration of a run holds plain values")
-    try:
-        return OmegaConf.create(recorded)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{file} is not the configuration of a run ({' '.join(str(error).split())})") from None
 
 
 def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:

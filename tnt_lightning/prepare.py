@@ -139,12 +139,10 @@ def plan(data: "ImageDataModule", splits: dict[str, "Labelled"], chunk_mb: float
     """All that decides which image goes where; a command that is started again must come to the same."""
     from rich.progress import track
 
-    from tnt_lightning.data import ImageFolder
     from tnt_lightning.data.shards import Shards
 
     train, _ = leaf(splits["train"], 0)
-    # How its images are to be decoded: see ImageFolder.
-    as_seen = train.as_seen if isinstance(train, Shards) else isinstance(data, ImageFolder)
+    as_seen = train.as_seen if isinstance(train, Shards) else data.as_seen
     made: dict[str, Any] = {"data": type(data).__name__, "seed": data.seed, "chunk_mb": chunk_mb, "as_seen": as_seen, "splits": {}}
     for name, split in splits.items():
         count, source = len(split.labels), hashlib.sha256()

@@ -1,4 +1,5 @@
-"""A run is a directory: config.yaml (resolved), checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log, wandb/.
+"""A run is a directory: config.yaml (resolved), classes.json, checkpoints/best.ckpt and last.ckpt, metrics.csv, result.json, train.log,
+wandb/.
 
 What is stored is tensors and plain data. A run with a result.json is finished; any other goes on from its last checkpoint.
 """
@@ -12,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from filelock import FileLock, Timeout
 from tnt_lightning.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
+CLASSES = "classes.json"
 LARGEST = 10_000  # values in a configuration; one of ours has a hundred
 
 
@@ -90,14 +92,19 @@ def _not_written(folder: Path, error: OSError) -> UserError:
     return UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another hydra.run.dir")
 
 
-def start(run: Path, config: Mapping[str, Any]) -> None:
-    """Write down what a claimed directory is a run of. The plan that a continued run had until now is kept beside it."""
+def start(run: Path, config: Mapping[str, Any], *, classes: Sequence[str] | None = None) -> None:
+    """Write down what a claimed directory is a run of. The plan that a continued run had until now is kept beside it.
+
+    classes: their names by label, where they have names
+    """
     file = run / "config.yaml"
     text = recorded(config)
     if file.exists() and not _same(before := file.read_text(), text):
         free = next(name for number in itertools.count(1) if not (name := run / f"config.before{number}.yaml").exists())
         write(free, before)
     write(file, text)
+    if classes:
+        write(run / CLASSES, json.dumps(list(classes)) + "\n")
 
 
 def put_aside(run: Path) -> Path:
@@ -190,6 +197,18 @@ def result_of(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({_first_line(error)}); name a checkpoint: {run}/checkpoints/last.ckpt") from None
     return result if isinstance(result, dict) else {}
+
+
+def classes_of(run: Path) -> list[str] | None:
+    """The names of the classes by label; None where they have none, or where an older run did not record them."""
+    file = run / CLASSES
+    try:
+        names = json.loads(file.read_text()) if file.exists() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({_first_line(error)}); without it classes are called by their numbers") from None
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{file} is no list of names; without it classes are called by their numbers")
+    return names
 
 
 def checkpoint_path(run: Path, name: str) -> Path:

@@ -276,7 +276,7 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     with dashboard, ranks.together(trainer):
         if trainer.is_global_zero:
             hints = runs.unfinished(config, beside=run)[:1] if config["resume"] is None and origin is None else []
-            runs.start(run, config)
+            runs.start(run, config, classes=getattr(data.parts.train, "classes", None))
             if origin is not None and origin.run == run:
                 for name in ("last", "previous"):  # a damaged one is never taken for the one before
                     if any(line.startswith(f"{runs.checkpoint_path(run, name)}:") for line in origin.bad):

@@ -225,6 +225,7 @@ class ImageFolder(ImageDataModule):
     """
 
     spare = 0.1
+    as_seen = True
 
     def __init__(self, *, root: str | None = None, num_classes: int | None = None, **kwargs):
         if num_classes is None and root is not None:
@@ -234,10 +235,12 @@ class ImageFolder(ImageDataModule):
     def splits(self) -> Splits:
         found = trees.parts(self.home())
         others: Counter[str] = Counter()
-        train = folder(found["train"], as_seen=True, others=others)
+        train = folder(found["train"], as_seen=self.as_seen, others=others)
         if "test" in found and not any(entry.is_dir() for entry in found["test"].iterdir()):
             self.notes.append(f"{found.pop('test')} has no class folders: its images are without labels, and nothing is measured on them")
-        val, test = (folder(found[name], train.classes, as_seen=True, others=others) if name in found else None for name in ("val", "test"))
+        val, test = (
+            folder(found[name], train.classes, as_seen=self.as_seen, others=others) if name in found else None for name in ("val", "test")
+        )
         if others:
             kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in others.most_common(5))
             self.notes.append(f"files that are taken for no images: {kinds}")

@@ -137,6 +137,7 @@ class ImageDataModule(L.LightningDataModule):
     official: dict[str, int] = {}
     spare: float | None = None  # val_fraction of a set that has training images alone
     page = ""
+    as_seen = False  # whether images are opened as a person sees them, or as their pixels are stored
 
     def __init__(
         self,
@@ -187,6 +188,7 @@ class ImageDataModule(L.LightningDataModule):
         self.repeats = per_image.pop("repeats", 1)
         per_batch = {name: per_image.pop(name) for name in ("degrees", "shift", "zoom", "erase", "mixup", "cutmix") if name in per_image}
         self.mixes = bool(per_batch.get("mixup") or per_batch.get("cutmix"))
+        self.crop_pct, self.interpolation = crop_pct, interpolation
         self.train_transform = train_transform(size, mean=self.mean, interpolation=interpolation, **per_image)
         self.eval_transform = eval_transform(size, crop_pct=crop_pct, interpolation=interpolation)
         self.batch_transform = BatchTransform(num_classes=num_classes, mean=self.mean, std=self.std, **per_batch)

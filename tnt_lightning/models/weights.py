@@ -10,6 +10,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from tnt_lightning.models import build_model, create_model, model_names
 from tnt_lightning.models.contract import STRIDE, ClassTokenBackbone
 from tnt_lightning.models.knobs import check_image
 from tnt_lightning.models.parts import head_modules
+from tnt_lightning.models.timm import build as build_timm
 from tnt_lightning.models.timm import by_one_name
 from tnt_lightning.models.tnt import TNT, PlainBlock, TNTBlock
 
@@ -112,6 +114,37 @@ def load_run(path: str | Path, checkpoint: str | None = None) -> nn.Module:
     backbone = build_model(**runs.elsewhere(runs.config_of(run))["model"])
     load_weights(backbone, file, exact=True)
     return backbone.eval()
+
+
+def as_timm(model: nn.Module, input_size: Sequence[int]) -> tuple[nn.Module, str, dict[str, Any]]:
+    """(timm's network that equals a backbone, with its weights; its name there; its arguments but for input and classes).
+
+    input_size: channels, height and width of the images. UserError where timm has no such network.
+    """
+    name, arguments = _name_in_timm(model)
+    chans, *size = input_size
+    twin = build_timm(model_name=name, in_chans=chans, img_size=size, num_classes=model.num_classes, **arguments)
+    state = model.state_dict()
+    if isinstance(model, TNT):
+        theirs = twin.state_dict()
+        state = {name: state[_our_name(name)] for name in theirs}
+        # (1, m, c) -> (1, c, sqrt(m), sqrt(m))
+        state["pixel_pos"] = state["pixel_pos"].transpose(1, 2).reshape(theirs["pixel_pos"].shape).contiguous()
+    twin.load_state_dict(state)
+    return twin.eval(), name, arguments
+
+
+def _name_in_timm(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    if isinstance(model, TNT) and (twin := _twin(model)):
+        return _card(twin)["hub"].partition("/")[2].partition(".")[0], {}
+    given = getattr(model, "built_with", {})
+    if "model_name" not in given:
+        names = ", ".join(name for name in model_names() if name.startswith("tnt_") and _card(name))
+        raise UserError(
+            f"timm has no network equal to this {type(model).__name__}; it has its own models, and {names} with the knobs of conf/model/"
+        )
+    kept = {knob: value for knob, value in _telling(given).items() if knob != "model_name"}
+    return given["model_name"], kept | ({"global_pool": given["global_pool"]} if "global_pool" in given else {})
 
 
 # ---- reading
@@ -282,12 +315,17 @@ def _renamed(model: nn.Module, found: _Found) -> dict[str, Tensor]:
             continue
         if name == "pixel_pos" and tensor.ndim == 4:
             tensor = tensor.flatten(2).transpose(1, 2)  # (1, c, sqrt(m), sqrt(m)) -> (1, m, c)
-        for theirs, ours in RENAMES.items():
-            name = re.sub(theirs, ours, name)
+        name = _our_name(name)
         if name in state:
             raise UserError(f"{found.name}: holds {name} twice, under two names")
         state[name] = tensor
     return state
+
+
+def _our_name(name: str) -> str:
+    for theirs, ours in RENAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name
 
 
 def _refuse_legacy(source: str, name: str) -> None:

@@ -1,0 +1,132 @@
+"""A trained network, with what is needed to use it: how images are prepared for it, and what its classes are called."""
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from timm.data import ImageNetInfo
+from torch import nn
+
+from tnt_lightning import CONF, runs
+from tnt_lightning.build import build_data
+from tnt_lightning.config import check_values, of_run
+from tnt_lightning.data import ImageDataModule
+from tnt_lightning.errors import UserError
+from tnt_lightning.models import create_model
+from tnt_lightning.models.weights import load_run, load_weights
+
+NAMING = "run=DIR, or weights for a model: model=tnt_s weights=released"
+
+
+class Trained(NamedTuple):
+    """source: where the weights are from; model: in evaluation mode, on the CPU
+    data: prepares images as evaluation does; it has none of its own
+    classes: names by label, None where nobody knows them
+    run: the directory, and its resolved configuration; both None of weights from elsewhere
+    published: top-1 on ImageNet-1k in percent, and of which model, where the weights are published ones
+    """
+
+    source: str
+    model: nn.Module
+    data: ImageDataModule
+    classes: list[str] | None
+    run: Path | None = None
+    config: dict[str, Any] | None = None
+    published: tuple[float, str] | None = None
+
+    def named(self, label: int) -> str:
+        """The name of a class as a person reads it; its number where it has none."""
+        return str(label) if self.classes is None else _described(self.classes[label])
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What a program elsewhere must do to an image: channels, pixels a side (height, width), crop, resizing, normalisation."""
+        chans, *size = self.data.input_size
+        how = dict(crop_pct=self.data.crop_pct, interpolation=self.data.interpolation, mean=self.data.mean, std=self.data.std)
+        return {"in_chans": chans, "image_size": size, **how}
+
+
+def find(keys: Mapping[str, str]) -> Trained:
+    """What `run=`, or `model=` and `weights=` name; other keys are knobs of that model, as `create_model` takes them."""
+    keys = dict(keys)
+    run, name, source = (keys.pop(key, None) for key in ("run", "model", "weights"))
+    if run is not None:
+        if others := [*(["model"] if name else []), *(["weights"] if source else []), *keys]:
+            raise UserError(f"{others[0]}=: a run has its own; give run={run} alone, or model= and weights= without it")
+        return of_a_run(run)
+    if name is None and source is not None and not keys and (Path(source).is_dir() or Path(source).suffix == ".ckpt"):
+        return of_a_run(source)  # which knows its network
+    if name is None or source is None:
+        lacks = "model= is missing" if source else "weights= is missing" if name else "no network is named"
+        raise UserError(f"{lacks}; give {NAMING}")
+    return of_weights(name, source, {knob: _value(knob, value) for knob, value in keys.items()})
+
+
+def of_a_run(path: str | Path) -> Trained:
+    """The network of a run (a directory, or a checkpoint in one) that its result is of."""
+    directory, file = runs.locate(path)
+    config = of_run(directory)
+    check_values(config, "the run's")
+    plain: Any = OmegaConf.to_container(config)
+    model, data, classes = load_run(file), build_data(plain), runs.classes_of(directory)
+    if classes is not None and len(classes) != data.num_classes:
+        raise UserError(f"{directory / runs.CLASSES}: {len(classes)} names for data.num_classes={data.num_classes}; remove it for numbers")
+    return Trained(str(file), model, data, classes, directory, plain)
+
+
+def of_weights(name: str, source: str, knobs: Mapping[str, Any]) -> Trained:
+    """Weights from anywhere in a model of conf/model/, with the pixels that they go with."""
+    model = create_model(name, **knobs).eval()
+    loaded = load_weights(model, source)
+    if loaded.new_head:
+        raise UserError(f"{loaded.name}: {loaded.changes[-1]}; num_classes=N is the model's")
+    sizes = [knobs[knob] for knob in ("image_size", "img_size") if knob in knobs]
+    size: Any = sizes[0] if sizes else OmegaConf.load(CONF / "model" / f"{name}.yaml").image_size
+    classes: Any = model.num_classes
+    chans = knobs.get("in_chans", 3)
+    data = ImageDataModule(image_size=size, in_chans=chans, num_classes=classes, **loaded.preprocessing)
+    data.as_seen = True  # no data set says otherwise
+    imagenet = loaded.published is not None and classes == 1000
+    names = _imagenet().label_names() if imagenet else None
+    return Trained(loaded.name, model, data, names, published=loaded.published if imagenet else None)
+
+
+def _value(knob: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{knob}={text}: not a value") from None
+
+
+def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """(KEY=VALUE by key, the other words) of a command line. What lies there as a file is no key."""
+    keys: dict[str, str] = {}
+    others = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not re.fullmatch("[a-z_]+", key) or Path(word).exists():
+            others.append(word)
+        elif key in keys:
+            raise UserError(f"{word}: {key}= is given twice")
+        else:
+            keys[key] = value
+    return keys, others
+
+
+def _described(name: str) -> str:
+    """ImageNet's classes are called by their WordNet ids in all its layouts."""
+    if not re.fullmatch(r"n\d{8}", name):
+        return name
+    try:
+        return _imagenet().label_name_to_description(name)
+    except KeyError:
+        return name
+
+
+@functools.cache
+def _imagenet() -> ImageNetInfo:
+    return ImageNetInfo()
