@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from tnt_lightning import CONF, trees
+from tnt_lightning import CONF, runs, trees
 from tnt_lightning.errors import UserError, did_you_mean
 from tnt_lightning.schema import AUGMENTATIONS, KINDS
 
@@ -139,6 +140,25 @@ def _refuse_unknown_keys(config: DictConfig) -> None:
                 here = [section + other for other in known] if section else [k for k in keys_of(config) if k.split(".")[0] in KEYS]
                 cure = did_you_mean(key, here, f"there are {', '.join(known)}")
                 raise UserError(f"{key}={text(OmegaConf.select(config, key))}: no such key{cure}")
+
+
+def of_run(directory: Path) -> DictConfig:
+    """The configuration that a run recorded, of which nothing is left to resolve: an interpolation in somebody's would read this
+    machine's secrets."""
+    recorded, file = runs.config_of(directory), directory / "config.yaml"
+    todo: list[tuple[str, Any]] = [("", recorded)]
+    for place, value in todo:
+        if isinstance(value, dict):
+            todo += [(f"{place}.{key}".lstrip("."), key) for key in value]
+            todo += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [(place, inner) for inner in value]
+        elif isinstance(value, str) and "${" in value:
+            raise UserError(f"{file}: {place}={value}: an interpolation; the configuration of a run holds plain values")
+    try:
+        return OmegaConf.create(recorded)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise UserError(f"{file} is not the configuration of a run ({' '.join(str(error).split())})") from None
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

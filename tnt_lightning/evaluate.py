@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check, check_values
+from tnt_lightning.config import check, check_values, of_run
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,18 +49,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    config = _plain(runs.config_of(directory), directory / "config.yaml")
-    OmegaConf.set_struct(config, True)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        if key.split(".")[0] not in ("data", "trainer") or "." not in key or override.is_delete():
-            raise UserError(f"{override.input_line}: of a finished run only data.* and trainer.* can be changed")
-        try:
-            OmegaConf.update(config, key, override.value(), force_add=override.is_add())
-        except OmegaConfBaseException:
-            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
-    check_values(config, "the run's")  # an older run may lack what came later
-    plain: Any = OmegaConf.to_container(config)
+    plain = changed(directory, overrides, ("data", "trainer"))
 
     data, classifier = build_data(plain), build_classifier(plain)
     load_weights(classifier.backbone, file, exact=True)
@@ -79,21 +68,22 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     return figures
 
 
-def _plain(recorded: dict[str, Any], file: Path) -> DictConfig:
-    """A recorded configuration, of which nothing is left to resolve: an interpolation in somebody's would read this machine's secrets."""
-    todo: list[tuple[str, Any]] = [("", recorded)]
-    for place, value in todo:
-        if isinstance(value, dict):
-            todo += [(f"{place}.{key}".lstrip("."), key) for key in value]
-            todo += [(f"{place}.{key}".lstrip("."), inner) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [(place, inner) for inner in value]
-        elif isinstance(value, str) and "${" in value:
-            raise UserError(f"{file}: {place}={value}: an interpolation; the configuration of a run holds plain values")
-    try:
-        return OmegaConf.create(recorded)
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise UserError(f"{file} is not the configuration of a run ({' '.join(str(error).split())})") from None
+def changed(directory: Path, overrides: list[str], sections: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of a run, in which overrides of some sections change values; checked as that of training is."""
+    config = of_run(directory)
+    OmegaConf.set_struct(config, True)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if key.split(".")[0] not in sections or "." not in key or override.is_delete():
+            only = " and ".join(f"{section}.*" for section in sections)
+            raise UserError(f"{override.input_line}: of a finished run only {only} can be changed")
+        try:
+            OmegaConf.update(config, key, override.value(), force_add=override.is_add())
+        except OmegaConfBaseException:
+            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+    check_values(config, "the run's")  # an older run may lack what came later
+    plain: Any = OmegaConf.to_container(config)
+    return dict(plain)
 
 
 def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
