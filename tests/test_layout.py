@@ -14,15 +14,15 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"checkpoints", "curves", "sharding"},
     {"models"},
     {"data"},
-    {"classifier", "callbacks", "ranks"},
+    {"classifier", "callbacks", "ranks", "pictures"},
     {"build", "show", "config", "dashboard"},
     {"cli", "zygote"},
     {"sweep", "results"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "figures"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
-    "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark"},
+    "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark", "figures"},
     "lightning": {
         *(
             "classifier",
@@ -43,7 +43,8 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
     "wandb": {"dashboard", "workspace"},
     "wandb_workspaces": {"workspace"},
     "plotly": {"charts"},
-    "matplotlib": {"speed"},
+    "matplotlib": {"speed", "pictures"},
+    "sklearn": {"pictures"},
     "litdata": {"data", "prepare"},
     "submitit": {"clusters"},
     "ray": {"clusters"},
