@@ -235,7 +235,8 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     finite = Finite(run, policy=faults["nonfinite"], in_a_row=faults["nonfinite_in_a_row"])
     callbacks: list[L.Callback] = [throughput, finite]
     if logger["name"] == "wandb":  # before EMA: example predictions are the average's
-        callbacks.append(Progress(dashboard, throughput, every=logger["images_every"], count=logger["num_images"]))
+        shown = dict(every=logger["images_every"], count=logger["num_images"], figures=logger["figures_every"])
+        callbacks.append(Progress(dashboard, throughput, **shown))
     if recipe["ema_decay"]:
         callbacks.append(EMA(decay=recipe["ema_decay"]))
     checkpoints = Checkpoints(
