@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OF_WORDS = ("4", "5", "6", "7", "positions")  # what only a network with words and explain() has
-WIDTH = 7.0  # inches
+WIDTH = 7.0  # inches, of a whole picture
 CHANNELS = 8  # of a row of feature maps
 HEADS = 6  # of a row of maps by head; a network with more shows the first ones
 
@@ -62,7 +62,7 @@ class Images(NamedTuple):
 
 
 class Points(NamedTuple):
-    """Of Figure 3b. inputs: normalised, in batches; labels: a class each; names: of the classes; whose: how a caption calls the labels"""
+    """Of Figure 3b. batches: of normalised images; labels: a class each; names: of the classes; whose: how a caption calls the labels"""
 
     batches: list[Tensor]
     labels: list[int]
@@ -456,7 +456,7 @@ def _sheet(
                 axes.axis("off")
                 continue
             shown = _panel(axes, panels[at])
-            if line is not None and at == 0 and label:
+            if at == 0:
                 axes.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
             if bar:
                 sheet.colorbar(shown, ax=axes, shrink=0.7).ax.tick_params(labelsize=7)
