@@ -583,7 +583,7 @@ def test_the_views_of_a_project_are_saved_and_then_kept_up_to_date(there, nobody
 @pytest.mark.slow
 def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_path, there, nobody, capsys):
     nobody.setenv("WANDB_MODE", "offline")  # no server is asked yet
-    random = (*SHORT, "recipe.drop_path_rate=0.1", "+recipe.augmentation.mixup=0.8", "logger.images_every=1")
+    random = (*SHORT, "recipe.drop_path_rate=0.1", "+recipe.augmentation.mixup=0.8", "logger.images_every=1", "logger.figures_every=9")
     train(tmp_path / "with", *random)
     train(tmp_path / "other", *random, "seed=1")
     train(tmp_path / "without", *[override for override in random if "logger" not in override], "logger=csv")
@@ -594,6 +594,7 @@ def test_training_ends_in_the_same_bits_and_its_parts_upload_into_one_run(tmp_pa
     first, other, more = (Recorded(tmp_path / name) for name in ("with", "other", "more"))
     assert first.run.run_id == more.run.run_id != other.run.run_id and more.run.project == "tnt_lightning"
     assert [step for step, _ in more.curve("train/loss")] == [6, 7, 8]
+    assert [len(run.curve("figures/figure_7_class_attention")) for run in (first, more)] == [2, 1]  # the first epoch, and each last one
     assert more.summary["best/val/top1"] >= first.summary["best/val/top1"]
     [line] = lines(capsys.readouterr().out)
     asked = shlex.split(line.split("to upload it: ")[1])

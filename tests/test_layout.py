@@ -14,15 +14,15 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"checkpoints", "curves", "sharding", "kernels"},
     {"models"},
     {"data"},
-    {"classifier", "callbacks", "ranks"},
+    {"classifier", "callbacks", "ranks", "pictures"},
     {"build", "show", "config", "dashboard"},
     {"cli", "zygote"},
     {"sweep", "results", "trained"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "predict", "export"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "predict", "export", "figures"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
-    "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark"},
+    "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark", "figures"},
     "lightning": {
         *(
             "classifier",
@@ -45,7 +45,8 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
     "plotly": {"charts"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
-    "matplotlib": {"speed"},
+    "matplotlib": {"speed", "pictures"},
+    "sklearn": {"pictures"},
     "litdata": {"data", "prepare"},
     "submitit": {"clusters"},
     "ray": {"clusters"},

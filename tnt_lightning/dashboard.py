@@ -4,6 +4,7 @@ wandb is known here only and imported late. Its calls run in a thread that is wa
 whatever goes wrong in one ends in a single line, and metrics.csv goes on alone.
 """
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -32,8 +35,11 @@ from tnt_lightning.callbacks import Checkpoints, Throughput
 from tnt_lightning.config import flat
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.module import Transformed, batch_of
+from tnt_lightning.models import TNT
+from tnt_lightning.pictures import draw
 
 CALL_S = 20.0  # for a call that only hands data to W&B's service process
+FIGURES = 4  # images in one
 VISIBLE = 96  # pixels a side that a person wants to see
 SWEPT = "TNT_LIGHTNING_SWEPT"  # in the environment of a sweep's job: which of its overrides are swept
 FILE = "wandb.json"  # in the run directory: which W&B run it is
@@ -189,16 +195,26 @@ class Dashboard(Logger):
 
 
 class Progress(Callback):
-    """What the dashboard shows as training goes on: images/s and the best validation top-1, and example predictions.
+    """What the dashboard shows as training goes on: images/s and the best validation top-1, example predictions, and figures of a TNT.
 
     every: epochs between example predictions, 0 for none; count: how many, always the same, spread over the validation part
+    figures: epochs between the paper's Figures 4 to 7 and the position encodings, of the first of those images; 0 for none
 
     It goes before EMA, which takes the averaged weights out again at the end of a validation.
     """
 
-    def __init__(self, dashboard: Dashboard, throughput: Throughput, *, every: int, count: int):
-        self.dashboard, self.throughput, self.every, self.count = dashboard, throughput, every, count
+    def __init__(self, dashboard: Dashboard, throughput: Throughput, *, every: int, count: int, figures: int = 0):
+        self.dashboard, self.throughput, self.every, self.count, self.figures = dashboard, throughput, every, count, figures
         self._examples: tuple[Tensor, Tensor] | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        why = "this network has no visual words" if not isinstance(pl_module.backbone, TNT) else None
+        if why is None and find_spec("matplotlib") is None:
+            why = "matplotlib is missing, pip install 'tnt-lightning[figures]'"
+        if self.figures and why:
+            self.figures = 0
+            if self.dashboard.page is not None:
+                print(f"W&B    no figures: {why}")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         figures = {"images_per_s": self.throughput.images_per_s}
@@ -210,38 +226,63 @@ class Progress(Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         epoch = trainer.current_epoch
-        due = self.every and (epoch % self.every == 0 or epoch + 1 == trainer.max_epochs)
+        last = epoch + 1 == trainer.max_epochs
+        shown = [
+            show for every, show in ((self.every, self._predict), (self.figures, self._draw)) if every and (last or epoch % every == 0)
+        ]
         whole = isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy)  # sharded weights would need the other ranks
-        if self.dashboard.page is None or not due or not whole or trainer.state.fn != "fit":
+        if self.dashboard.page is None or not shown or not whole or trainer.state.fn != "fit":
             return
         with isolate_rng(include_cuda=False):
             try:
-                self.dashboard.log_metrics({"examples": self._predict(trainer, pl_module)}, trainer.global_step - 1)
+                logged = {name: value for show in shown for name, value in show(trainer, pl_module).items()}
+                self.dashboard.log_metrics(logged, trainer.global_step - 1)
             except Exception as error:
                 self.dashboard.give_up(error)
 
-    def _predict(self, trainer: L.Trainer, module: L.LightningModule) -> list[Any]:
-        """Images with the class that the model gives them; Lightning has put it into evaluation mode."""
-        import wandb
-
-        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+    def _chosen(self, data: ImageDataModule) -> tuple[Tensor, Tensor, list[str]]:
+        """Images (uint8), their labels, and what the classes are called."""
         assert data.parts is not None and data.parts.val is not None
         if self._examples is None:
             shown = Transformed(data.parts.val, data.eval_transform, data.mode)
             places = np.linspace(0, len(shown) - 1, min(self.count, len(shown))).round().astype(int)
             self._examples = batch_of([shown[int(i)] for i in places])
-        pixels, labels = self._examples
+        names = getattr(data.parts.val, "classes", None) or [str(i) for i in range(data.num_classes)]
+        return *self._examples, list(names)
+
+    def _predict(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        """Images with the class that the model gives them; Lightning has put it into evaluation mode."""
+        import wandb
+
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        pixels, labels, names = self._chosen(data)
         inputs, _ = data.batch_transform(pixels.to(module.device), labels, training=False)
         precision = trainer.precision_plugin
         with torch.no_grad(), precision.val_step_context():
             logits = module.backbone(precision.convert_input(inputs))  # type: ignore[operator]
         sure, predicted = logits.float().softmax(1).max(1)
-        names = getattr(data.parts.val, "classes", None) or [str(i) for i in range(logits.shape[1])]
         kind = "png" if min(pixels.shape[2:]) < VISIBLE else "jpg"  # a photograph as png takes several times the place
-        return [
+        examples = [
             wandb.Image(_visible(image), caption=f"predicted {names[guess]} ({p:.0%}), is {names[label]}", file_type=kind)
             for image, guess, p, label in zip(pixels, predicted.tolist(), sure.tolist(), labels.tolist(), strict=True)
         ]
+        return {"examples": examples}
+
+    def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        import wandb
+
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        pixels, labels, names = self._chosen(data)
+        pixels, labels = pixels[:FIGURES], labels[:FIGURES]
+        inputs, _ = data.batch_transform(pixels.to(module.device), labels, training=False)
+        precision = trainer.precision_plugin
+        images = draw.Images(pixels, precision.convert_input(inputs), [f"class {names[label]}" for label in labels.tolist()])
+        backbone: Any = module.backbone
+        with precision.val_step_context():
+            return {
+                f"figures/{picture.name}": wandb.Image(Image.open(io.BytesIO(picture.png)), caption=picture.caption, file_type="png")
+                for picture in draw.explained(backbone, images)
+            }
 
 
 def _visible(pixels: Tensor) -> Any:

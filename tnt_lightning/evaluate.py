@@ -1,5 +1,6 @@
 """`python -m tnt_lightning.evaluate run=DIR`, or `model=... weights=... data=...`: top-1, top-5 and loss of what is trained already."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -49,20 +50,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    config = of_run(directory)
-    OmegaConf.set_struct(config, True)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        free = key == "kernel" or ("." in key and key.split(".")[0] in ("data", "trainer"))
-        if not free or override.is_delete():
-            raise UserError(f"{override.input_line}: of a finished run only data.*, trainer.* and kernel can be changed")
-        try:
-            for place in (key, "model.kernel") if key == "kernel" else (key,):
-                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
-        except OmegaConfBaseException:
-            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
-    check_values(config, "the run's")  # an older run may lack what came later
-    plain: Any = OmegaConf.to_container(config)
+    plain = changed(directory, overrides, ("data", "trainer"))
 
     data, classifier = build_data(plain), build_classifier(plain)
     load_weights(classifier.backbone, file, exact=True)
@@ -79,6 +67,26 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
             if recorded.get(name, now) != now:
                 print(f"note: {name} now {now}, recorded with {recorded[name]}; the last digits may differ")
     return figures
+
+
+def changed(directory: Path, overrides: list[str], sections: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of a run, in which overrides of some sections, and of the kernel, change values; checked as that of training is."""
+    config = of_run(directory)
+    OmegaConf.set_struct(config, True)
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        free = key == "kernel" or ("." in key and key.split(".")[0] in sections)
+        if not free or override.is_delete():
+            only = ", ".join(f"{section}.*" for section in sections)
+            raise UserError(f"{override.input_line}: of a finished run only {only} and kernel can be changed")
+        try:
+            for place in (key, "model.kernel") if key == "kernel" else (key,):
+                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
+        except OmegaConfBaseException:
+            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+    check_values(config, "the run's")  # an older run may lack what came later
+    plain: Any = OmegaConf.to_container(config)
+    return dict(plain)
 
 
 def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:

@@ -166,6 +166,7 @@ KINDS = {
     "logger.tags": TAGS,
     "logger.images_every": whole(0, STEPS),
     "logger.num_images": whole(1, STEPS),
+    "logger.figures_every": whole(0, STEPS),
     "logger.init_timeout": number(1, 86_400),
     "logger.finish_timeout": number(1, 86_400),
 }

@@ -237,7 +237,8 @@ def _train(config: dict[str, Any], run: Path, signals: "Signals", differ: list[s
     finite = Finite(run, policy=faults["nonfinite"], in_a_row=faults["nonfinite_in_a_row"])
     callbacks: list[L.Callback] = [throughput, finite]
     if logger["name"] == "wandb":  # before EMA: example predictions are the average's
-        callbacks.append(Progress(dashboard, throughput, every=logger["images_every"], count=logger["num_images"]))
+        shown = dict(every=logger["images_every"], count=logger["num_images"], figures=logger["figures_every"])
+        callbacks.append(Progress(dashboard, throughput, **shown))
     average = EMA(decay=recipe["ema_decay"]) if recipe["ema_decay"] else None
     if average is not None:
         callbacks.append(average)
