@@ -225,7 +225,7 @@ def test_photos_are_prepared_as_the_runs_images_are(run, tmp_path):
     for place in range(9):
         image = subject.data.parts.test[place][0]
         image.save(tmp_path / f"digit {place}.png")
-    files = figures.image_files([str(tmp_path / "digit *.png"), str(tmp_path / "digit 3.png")])
+    files = figures._named([str(tmp_path / "digit *.png"), str(tmp_path / "digit 3.png")])
     photos = figures.photos(subject.data, files)
     assert photos.called[3] == "digit 3" and len(files) == 9
     assert torch.equal(photos.take(range(9)), own.take(range(9)))

@@ -17,7 +17,7 @@ from tnt_lightning import create_model, load_run, runs, trained, trees
 from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits
 from tnt_lightning.errors import UserError
-from tnt_lightning.predict import Broken, find_files, main, predict
+from tnt_lightning.predict import Broken, main, predict
 
 from . import layouts
 from .conftest import train
@@ -111,7 +111,7 @@ def test_formats_say_the_same_and_broken_files_are_left_out(photos, tmp_path, mo
 
     code, out, err = called(monkeypatch, capsys, f"run={run}", "test", "gone.jpg", "--format", "jsonl", "--batch-size", 3)
     assert code == 1 and len(err) == 2, err
-    assert err[0] == "broken gone.jpg: no such file" and err[1].startswith("broken test/cat/") and "runcated" in err[1]
+    assert err[0] == "broken gone.jpg: no such file, folder or pattern" and err[1].startswith("broken test/cat/") and "runcated" in err[1]
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["file"] for line in lines] == names
     assert all(sum(one["probability"] for one in line["top"]) == pytest.approx(1, abs=1e-5) for line in lines)
@@ -186,7 +186,10 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(finished, digits, tmp_path,
     (tmp_path / "empty").mkdir()
     run = f"run={finished}"
     for words, message in (
-        ((run, "gone.jpg", "x/*.png", "empty"), "no image found; gone.jpg: no such file; x/*.png: no such file; empty: no images in this"),
+        (
+            (run, "gone.jpg", "x/*.png", "empty"),
+            "no image found; gone.jpg: no such file, folder or pattern; x/*.png: no image is called so; known kinds: .jpg",
+        ),
         ((run,), "no files named"),
         ((digits,), "no network is named; give run=DIR, or weights for a model"),
         (("model=tnt_s", digits), "weights= is missing; give run=DIR"),
@@ -212,6 +215,6 @@ def test_files_are_found_in_folders_and_by_patterns(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
     assert trained.split(["run=x", "a=b.png", "se=true", "./c=d"]) == ({"run": "x", "se": "true"}, ["a=b.png", "./c=d"])
-    assert find_files(["b", "a=b.png"]) == (["b/c.JPG", "b/d/e.webp", "a=b.png"], [])
-    assert find_files(["**/*.webp", "b/*", "b/notes.txt"]) == (["b/d/e.webp", "b/c.JPG", "b/notes.txt"], [])
-    assert find_files(["*.gif"]) == ([], [Broken("*.gif", "no such file")])
+    assert trees.named(["b", "a=b.png"]) == (["b/c.JPG", "b/d/e.webp", "a=b.png"], [])
+    assert trees.named(["**/*.webp", "b/*", "b/notes.txt"]) == (["b/d/e.webp", "b/c.JPG", "b/notes.txt"], [])
+    assert trees.named(["*.gif"]) == ([], [("*.gif", f"no image is called so; known kinds: {' '.join(trees.SUFFIXES)}")])

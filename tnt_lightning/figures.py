@@ -1,6 +1,5 @@
 """`python -m tnt_lightning.figures run=DIR`, or `model=... weights=...`: the paper's figures of a network, as PNG, SVG and one page."""
 
-import glob
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,7 +163,7 @@ def drawn(subject: Subject, asked: dict[str, Any], *, seed: int) -> "tuple[list[
         notes += said
         pictures.append(draw.accuracy(PAPER["imagenet"], ours))
     if set(which) - {"2"}:
-        found = own_images(subject.data) if asked["images"] is None else photos(subject.data, image_files(_several(asked["images"])))
+        found = own_images(subject.data) if asked["images"] is None else photos(subject.data, _named(_several(asked["images"])))
         places = found.spread(asked["count"])
         pixels = found.take(places)
         images = draw.Images(pixels, normalised(subject.data, pixels), [found.called[place] for place in places])
@@ -219,25 +218,11 @@ def _lacks(model: "nn.Module", number: str) -> str | None:
 # ---- images
 
 
-def image_files(sources: Sequence[str]) -> list[str]:
-    """Of files, folders (with what is below them) and patterns, in that order. UserError where one of them names no image."""
-    files: list[str] = []
-    for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            here = trees.images(path)
-            if not here:
-                raise UserError(f"images={source}: no images in this folder; known kinds: {' '.join(trees.SUFFIXES)}")
-        elif path.exists():
-            here = [str(path)]
-        elif glob.has_magic(source):
-            here = [file for file in sorted(glob.glob(str(path), recursive=True)) if trees.is_image(Path(file).name)]
-            if not here:
-                raise UserError(f"images={source}: no image is called so; known kinds: {' '.join(trees.SUFFIXES)}")
-        else:
-            raise UserError(f"images={source}: no such file, folder or pattern")
-        files += here
-    return list(dict.fromkeys(files))
+def _named(words: Sequence[str]) -> list[str]:
+    files, lost = trees.named(words)
+    if lost:
+        raise UserError(f"images={lost[0][0]}: {lost[0][1]}")
+    return files
 
 
 def photos(data: "ImageDataModule", files: Sequence[str]) -> Found:

@@ -5,7 +5,6 @@ Files, folders (all images in them) and patterns ('photos/**/*.jpg'). A file tha
 """
 
 import csv
-import glob
 import io
 import json
 import os
@@ -77,7 +76,8 @@ def _predict(arguments: Any) -> bool:
     from tnt_lightning import trained  # late, as torch is: mistakes above are answered at once
 
     keys, words = trained.split(arguments.words)
-    files, lost = find_files(words)
+    files, named_none = trees.named(words)
+    lost = [Broken(word, why) for word, why in named_none]
     if not files:
         raise UserError("; ".join(["no image found", *(f"{one.file}: {one.why}" for one in lost)]) if words else "no files named")
     network = trained.find(keys)
@@ -124,27 +124,6 @@ def _format(asked: str | None, out: Path | None) -> str:
 
 def _say(broken: Broken) -> None:
     print(f"broken {one_line(broken.file)}: {one_line(broken.why)}", file=sys.stderr)
-
-
-# ---- which images
-
-
-def find_files(words: Sequence[str]) -> tuple[list[str], list[Broken]]:
-    """The files that are named, those of folders and patterns by the suffixes of images, each once; and the words that name none."""
-    found: list[str] = []
-    lost = []
-    for word in words:
-        if os.path.isdir(word):
-            files, why = trees.images(Path(word)), "no images in this folder"
-        elif os.path.exists(word):
-            files, why = [word], ""
-        else:
-            matches = sorted(glob.glob(word, recursive=True))
-            files, why = [match for match in matches if os.path.isfile(match) and trees.is_image(os.path.basename(match))], "no such file"
-        found += files
-        if not files:
-            lost.append(Broken(word, why))
-    return list(dict.fromkeys(found)), lost
 
 
 # ---- what is seen in them

@@ -1,7 +1,9 @@
 """A tree of images, a folder a class: what is in it, without opening any. Hidden files and folders (.ipynb_checkpoints) do not count."""
 
+import glob
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,6 +67,29 @@ def images(folder: Path, others: Counter[str] | None = None) -> list[str]:
         if others is not None:
             others.update(os.path.splitext(name)[1].lower() for name in files if not is_image(name) and not _is_hidden(name))
     return found
+
+
+def named(words: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The images that a person names by files, folders (with what is below them) and patterns, in that order, each once; and the words
+    that name none, with the reason. A file by its own name may be called anything."""
+    found: list[str] = []
+    lost = []
+    for word in words:
+        path = os.path.expanduser(word)
+        if os.path.isdir(path):
+            here, why = images(Path(path)), f"no images in this folder; known kinds: {' '.join(SUFFIXES)}"
+        elif os.path.exists(path):
+            here, why = [path], ""
+        elif glob.has_magic(path):
+            matches = sorted(glob.glob(path, recursive=True))
+            here = [match for match in matches if is_image(os.path.basename(match)) and os.path.isfile(match)]
+            why = f"no image is called so; known kinds: {' '.join(SUFFIXES)}"
+        else:
+            here, why = [], "no such file, folder or pattern"
+        found += here
+        if not here:
+            lost.append((word, why))
+    return list(dict.fromkeys(found)), lost
 
 
 def is_image(name: str) -> bool:
