@@ -17,7 +17,7 @@ from tnt_lightning import create_model, load_run, runs, trained, trees
 from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits
 from tnt_lightning.errors import UserError
-from tnt_lightning.predict import Broken, main, predict
+from tnt_lightning.predict import main, predict
 
 from . import layouts
 from .conftest import train
