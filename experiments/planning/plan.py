@@ -71,9 +71,9 @@ def operations(name: str, plan: Plan) -> tuple[int, int, float]:
 
 
 def gigabytes(data: Data) -> float:
-    """Of its files, as the README's table of data sets has it."""
+    """Of its files, as the table of data sets in docs/data.md has it."""
     key = {"ImageNet-1k": "imagenet", "iNat 2018": "inat2018", "iNat 2019": "inat2019"}[data.name]
-    row = re.search(rf"^\| `{key}` \|.*? (\d+) GB", (HERE.parents[1] / "README.md").read_text(), re.M)
+    row = re.search(rf"^\| `{key}` \|.*? (\d+) GB", (HERE.parents[1] / "docs" / "data.md").read_text(), re.M)
     assert row is not None
     return float(row[1])
 
