@@ -34,7 +34,7 @@ def commands(page: Path) -> list[str]:
     for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"(^|\s)#.*", "", line).strip()
-            if (call := CALL.search(line)) and "$(" not in line:
+            if (call := CALL.search(line)) and not re.search(r"\$[(@]", line):  # what a shell puts in is not known here
                 found.append(f"{call[1]} {re.split(r' && | [|>] ', line[call.end() :])[0].strip()}".strip().rstrip('"'))
     return found
 
