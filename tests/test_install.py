@@ -57,7 +57,7 @@ def test_a_users_own_model_trains_and_is_named_in_answers(tmp_path, mine):
     "script, typed, wanted",
     [
         ("tnt-train", "model=tnt_", {f"model=tnt_{name}" for name in ("b", "digits", "s", "s_1", "s_2", "s_3", "s_4", "ti")}),
-        ("tnt-train", "optimizer.l", {"optimizer.lr="}),
+        ("tnt-train", "optimizer.l", {"optimizer.lr=", "optimizer.layer_decay="}),
         ("tnt-evaluate", "ru", {"run="}),
     ],
 )
