@@ -128,6 +128,7 @@ class TransformerBlock(nn.Module):
             update = update + self.se(update)
         return x + self.drop_path(update)
 
+    @torch.jit.unused
     def _fuses(self, words: Tensor) -> bool:
         if inner.is_recorded(words):
             return False
@@ -148,6 +149,7 @@ class TransformerBlock(nn.Module):
             return "dropout (drop_rate, attn_drop_rate) is not in the fused kernels"
         return ""
 
+    @torch.jit.unused
     def _fused(self, words: Tensor) -> Tensor:
         mlp: Any = self.mlp
         parameters = inner.Parameters(
