@@ -111,7 +111,7 @@ def _measure(what: str, config: dict[str, Any]) -> None:
     if out is None:
         return
     file = out / f"benchmark_{what}.json"
-    kept = {name: value for name, value in config.items() if name != "choices"}
+    kept = {name: value for name, value in config.items() if name not in ("choices", "out")}
     runs.write(file, json.dumps({"config": kept, "cpu": cpu(), **runs.origin(), "rows": rows}, indent=1) + "\n")
     print(f"rows    {file}")
     origin = runs.origin()
