@@ -83,6 +83,24 @@ def ended(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """(exit code, stdout, lines on stderr) of a command without Hydra, in this process."""
+
+    def call(name: str, *arguments) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            import_module(f"tnt_lightning.{name}").main()
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err.splitlines()
+
+    return call
+
+
 def pytest_addoption(parser):
     parser.addoption("--clusters", action="store_true", help="also run the tests that set up SLURM (as root, on Debian) or Ray here")
     parser.addoption("--network", action="store_true", help="also run the tests that download (released weights)")

@@ -1,7 +1,6 @@
 """What `export` writes is the network itself, as those programs load it that it is written for."""
 
 import json
-import sys
 
 import onnxruntime
 import pytest
@@ -15,7 +14,7 @@ from torch import nn
 from tnt_lightning import create_model, load_run, load_weights, runs, trained
 from tnt_lightning.data import Digits
 from tnt_lightning.errors import UserError
-from tnt_lightning.export import export, main
+from tnt_lightning.export import export
 
 from . import layouts
 
@@ -29,19 +28,6 @@ def digits():
     data = Digits(num_classes=10, in_chans=1, image_size=8, mean=0.0, std=1.0, crop_pct=1.0, num_workers=0, batch_size=359)
     data.setup()
     return data.batch_transform(*next(iter(data.test_dataloader())), training=False)[0]
-
-
-def called(monkeypatch, capsys, *arguments) -> tuple[int, str, list[str]]:
-    """(exit code, stdout, lines on stderr) of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err.splitlines()
 
 
 def loaded(form, file):
@@ -59,8 +45,8 @@ def loaded(form, file):
 
 
 @pytest.mark.parametrize("form", [pytest.param("onnx", marks=pytest.mark.slow), "torch_export", "safetensors"])
-def test_a_file_gives_the_runs_logits_in_batches_of_any_size(form, finished, digits, tmp_path, monkeypatch, capsys):
-    code, out, _ = called(monkeypatch, capsys, f"run={finished}", f"format={form}", f"out={tmp_path / 'a' / 'b'}")
+def test_a_file_gives_the_runs_logits_in_batches_of_any_size(form, finished, digits, tmp_path, called):
+    code, out, _ = called("export", f"run={finished}", f"format={form}", f"out={tmp_path / 'a' / 'b'}")
     assert code == 0 and "checked largest difference" in out and f"written {tmp_path / 'a' / 'b' / FILES[form]}" in out
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "b", FILES[form]]
     logits, known = loaded(form, tmp_path / "a" / "b" / FILES[form])
@@ -74,12 +60,12 @@ def test_a_file_gives_the_runs_logits_in_batches_of_any_size(form, finished, dig
     assert read["model"] == runs.config_of(finished)["model"]
 
 
-def test_timm_loads_a_folder_for_the_hub(tmp_path, monkeypatch, capsys):
+def test_timm_loads_a_folder_for_the_hub(tmp_path, called):
     model = create_model("tnt_s", image_size=32, num_classes=3).eval()
     nn.init.normal_(model.head.weight, std=0.1)
     save_file(model.state_dict(), tmp_path / "mine.safetensors")
     words = ("model=tnt_s", f"weights={tmp_path / 'mine.safetensors'}", "image_size=32", "num_classes=3")
-    code, out, err = called(monkeypatch, capsys, *words, "format=hub", f"out={tmp_path / 'mine'}", "license=cc-by-4.0")
+    code, out, err = called("export", *words, "format=hub", f"out={tmp_path / 'mine'}", "license=cc-by-4.0")
     assert code == 0, err
     assert f"upload hf upload OWNER/NAME {tmp_path / 'mine'}" in out
     twin = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
@@ -97,7 +83,7 @@ def test_timm_loads_a_folder_for_the_hub(tmp_path, monkeypatch, capsys):
     card = (tmp_path / "mine" / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "cc-by-4.0" and head["library_name"] == "timm" and str(tmp_path) not in card
-    code, _, [err] = called(monkeypatch, capsys, *words, "inner_heads=2", "format=hub", f"out={tmp_path / 'other'}")
+    code, _, [err] = called("export", *words, "inner_heads=2", "format=hub", f"out={tmp_path / 'other'}")
     assert code == 2 and "timm has no network equal to this TNT; it has its own models, and tnt_b, tnt_s" in err
     assert not (tmp_path / "other").exists()
 
@@ -156,7 +142,7 @@ def test_what_is_not_the_network_is_not_written(finished, tmp_path, network, mes
     assert not list(tmp_path.iterdir())
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_2(finished, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line_and_exit_code_2(finished, tmp_path, monkeypatch, called):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "there").mkdir()
@@ -173,6 +159,6 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(finished, tmp_path, monkeyp
         (("format=onnx", "out=x"), "no network is named"),
         ((run, "format=hub", "out=x"), "timm has no network equal to this TNT"),
     ):
-        code, out, err = called(monkeypatch, capsys, *words)
+        code, out, err = called("export", *words)
         assert code == 2 and not out and len(err) == 1 and err[0].startswith("error: ") and message in err[0], (words, err)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]

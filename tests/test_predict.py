@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from tnt_lightning import create_model, load_run, runs, trained, trees
 from tnt_lightning.build import build_data
 from tnt_lightning.data import Digits
 from tnt_lightning.errors import UserError
-from tnt_lightning.predict import main, predict
+from tnt_lightning.predict import predict
 
 from . import layouts
 from .conftest import train
@@ -59,19 +58,6 @@ def odd_photos() -> dict[str, Image.Image]:
     return {"turned.jpg": turned, "grey.png": layouts.photo(size=(31, 17)).convert("L"), "clear.png": clear}
 
 
-def called(monkeypatch, capsys, *arguments) -> tuple[int, str, list[str]]:
-    """(exit code, stdout, lines on stderr) of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-    capsys.readouterr()
-    code = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr()
-    return code, said.out, said.err.splitlines()
-
-
 def test_accuracy_over_files_is_the_runs_to_the_digit(finished, digits):
     found = list(predict(trained.of_a_run(finished), [str(file) for file in sorted(digits.iterdir())], top=5))
     assert len(found) == 359
@@ -101,7 +87,7 @@ def test_pixels_are_those_of_evaluation(photos):
         assert {name for one in found for _, name, _ in one.top} == {"cat", "dog"}
 
 
-def test_formats_say_the_same_and_broken_files_are_left_out(photos, tmp_path, monkeypatch, capsys):
+def test_formats_say_the_same_and_broken_files_are_left_out(photos, tmp_path, monkeypatch, called):
     run, folder = photos
     shutil.copytree(folder / "test", tmp_path / "test")
     monkeypatch.chdir(tmp_path)
@@ -109,30 +95,30 @@ def test_formats_say_the_same_and_broken_files_are_left_out(photos, tmp_path, mo
     Path(first).write_bytes(Path(first).read_bytes()[:300])
     (tmp_path / "test" / "notes.txt").write_text("no image")
 
-    code, out, err = called(monkeypatch, capsys, f"run={run}", "test", "gone.jpg", "--format", "jsonl", "--batch-size", 3)
+    code, out, err = called("predict", f"run={run}", "test", "gone.jpg", "--format", "jsonl", "--batch-size", 3)
     assert code == 1 and len(err) == 2, err
     assert err[0] == "broken gone.jpg: no such file, folder or pattern" and err[1].startswith("broken test/cat/") and "runcated" in err[1]
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["file"] for line in lines] == names
     assert all(sum(one["probability"] for one in line["top"]) == pytest.approx(1, abs=1e-5) for line in lines)
 
-    code, out, err = called(monkeypatch, capsys, f"run={run}", "test/*/*", *names, "--top", 1, "--out", "seen.csv")
+    code, out, err = called("predict", f"run={run}", "test/*/*", *names, "--top", 1, "--out", "seen.csv")
     assert code == 1 and not out and len(err) == 1
     rows = list(csv.DictReader(io.StringIO((tmp_path / "seen.csv").read_text())))
     best = [(line["file"], "1", str(line["top"][0]["label"]), line["top"][0]["class"]) for line in lines]
     assert [(row["file"], row["rank"], row["label"], row["class"]) for row in rows] == best, "each file once"
 
-    code, out, err = called(monkeypatch, capsys, f"run={run}", *names, "--top", 1)
+    code, out, err = called("predict", f"run={run}", *names, "--top", 1)
     assert code == 0 and not err
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert table == [[line["file"], line["top"][0]["class"], f"{100 * line['top'][0]['probability']:.1f}"] for line in lines]
 
 
-def test_attention_is_drawn_as_explain_gives_it(finished, digits, tmp_path, monkeypatch, capsys):
+def test_attention_is_drawn_as_explain_gives_it(finished, digits, tmp_path, called):
     file = sorted(digits.iterdir())[3]
     (tmp_path / "other").mkdir()
     shutil.copy(file, tmp_path / "other")
-    code, _, err = called(monkeypatch, capsys, f"run={finished}", file, tmp_path / "other", "--attention", tmp_path / "drawn")
+    code, _, err = called("predict", f"run={finished}", file, tmp_path / "other", "--attention", tmp_path / "drawn")
     assert code == 0 and not err
     assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [f"{file.stem}-2.png", f"{file.stem}.png"]
     grey = np.asarray(Image.open(file)).astype(float)
@@ -148,7 +134,7 @@ def test_attention_is_drawn_as_explain_gives_it(finished, digits, tmp_path, monk
         np.testing.assert_allclose(drawn[row, column], expected, atol=0.51)
 
 
-def test_weights_from_elsewhere_have_imagenets_names_and_their_own_pixels(tmp_path, monkeypatch, capsys):
+def test_weights_from_elsewhere_have_imagenets_names_and_their_own_pixels(tmp_path, monkeypatch, called):
     model = create_model("deit_ti")
     torch.nn.init.zeros_(model.head.weight)
     model.head.bias.data = torch.arange(1000).flip(0) * 0.1
@@ -157,7 +143,7 @@ def test_weights_from_elsewhere_have_imagenets_names_and_their_own_pixels(tmp_pa
     layouts.photo(size=(300, 250)).save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     words = ("model=deit_ti", "weights=deit.safetensors", "photo.jpg", "--format", "jsonl", "--top", 2)
-    code, out, err = called(monkeypatch, capsys, *words, "--attention", "drawn")
+    code, out, err = called("predict", *words, "--attention", "drawn")
     top = json.loads(out)["top"]
     assert code == 0 and [(one["label"], one["class"]) for one in top] == [(281, "tabby, tabby cat"), (0, "tench, Tinca tinca")]
     assert err == ["note   --attention: VisionTransformer has no explain(), nothing is drawn"] and not (tmp_path / "drawn").exists()
@@ -181,7 +167,7 @@ def test_without_recorded_names_there_are_numbers(finished, digits, tmp_path):
             trained.of_a_run(tmp_path / "run")
 
 
-def test_a_users_mistake_is_one_line_and_exit_code_2(finished, digits, tmp_path, monkeypatch, capsys):
+def test_a_users_mistake_is_one_line_and_exit_code_2(finished, digits, tmp_path, monkeypatch, called):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     run = f"run={finished}"
@@ -204,7 +190,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(finished, digits, tmp_path,
         ((run, digits, "--out", "seen.txt"), "--out seen.txt: of the format jsonl or csv"),
         ((run, digits, "--out", "gone/seen.csv"), "--out gone/seen.csv: no such folder"),
     ):
-        code, out, err = called(monkeypatch, capsys, *words)
+        code, out, err = called("predict", *words)
         assert code == 2 and not out and len(err) == 1 and err[0].startswith("error: ") and message in err[0], (words, err)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 

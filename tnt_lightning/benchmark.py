@@ -112,9 +112,9 @@ def _measure(what: str, config: dict[str, Any]) -> None:
         return
     file = out / f"benchmark_{what}.json"
     kept = {name: value for name, value in config.items() if name not in ("choices", "out")}
-    runs.write(file, json.dumps({"config": kept, "cpu": cpu(), **runs.origin(), "rows": rows}, indent=1) + "\n")
-    print(f"rows    {file}")
     origin = runs.origin()
+    runs.write(file, json.dumps({"config": kept, "cpu": cpu(), **origin, "rows": rows}, indent=1) + "\n")
+    print(f"rows    {file}")
     device = cpu() if origin["device"] == (platform.processor() or platform.machine()) else origin["device"]
     title = f"benchmark {what}: {device}, torch {origin['versions']['torch']}, p50 (p20 to p80)"
     if draw(file, title, measure.bars(rows), measure.UNIT):
