@@ -30,6 +30,7 @@ from tnt_lightning.train import train
 
 UNIT = "of a bare loop's step"
 WARM = 3  # steps before the measured ones
+TURN = 4  # steps of one, then as many of the other: a GPU is waited for only between them
 NEXT = "[_TrainingEpochLoop].train_dataloader_next"
 PARTS = {  # of a step, beside the bare loop's: what Lightning's profiler calls them
     "the average (EMA)": ("[Callback]EMA",),
@@ -40,12 +41,16 @@ PARTS = {  # of a step, beside the bare loop's: what Lightning's profiler calls 
 
 
 class Watch(L.Callback):
-    """Times the steps of a training from the inside: the whole of them, and what each part of the loop took."""
+    """Times the steps of a training from the inside: the whole of them, and what each part of the loop took.
 
-    def __init__(self, here: Machine, steps: int):
-        self.here, self.steps = here, steps
+    bare: takes a turn after each few of its steps, so that whatever else the machine does falls on both
+    """
+
+    def __init__(self, here: Machine, steps: int, bare: "Bare | None" = None):
+        self.here, self.steps, self.bare = here, steps, bare
         self.actions = Actions(here.clock)
-        self.wall = self.seconds = 0.0  # of a step
+        self.seconds = self.wall = self.bares = 0.0  # of a step; bares: of the bare loop's
+        self.parts: dict[str, float] = {}  # empty until all steps are done
         self.synchronisations: int | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,24 +63,40 @@ class Watch(L.Callback):
             logger.log_metrics = self.actions.timed("log", logger.log_metrics)  # type: ignore[method-assign]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        on_gpu = self.here.clock.device.type == "cuda"
-        if batch_idx == WARM - 1:
-            self._began = self.here.clock.now(), time.perf_counter()
+        done = batch_idx + 1 - WARM
+        if done == 0:
+            if self.bare is not None:
+                self.bare.seconds(range(WARM))
             self.actions.seconds.clear()
-            self._heard = contextlib.ExitStack()
-            if on_gpu:
-                self._warnings = self._heard.enter_context(warnings.catch_warnings(record=True))
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-        elif batch_idx == WARM + self.steps - 1:
-            if on_gpu:
-                torch.cuda.set_sync_debug_mode("default")
-                self.synchronisations = sum("synchroniz" in str(warning.message) for warning in self._warnings or ())
-            self._heard.close()
-            began, began_wall = self._began
-            self.seconds, self.wall = (self.here.clock.now() - began) / self.steps, (time.perf_counter() - began_wall) / self.steps
-            self.parts = {part: self._part(names, 0) for part, names in PARTS.items()}
-            self.waiting, self.waiting_wall = (self._part((NEXT,), clock) for clock in (0, 1))
+            self._begin()
+        elif 0 < done <= self.steps and (done % TURN == 0 or done == self.steps):
+            self._end()
+            if self.bare is not None:
+                began = WARM + (done - 1) // TURN * TURN
+                self.bares += self.bare.seconds(range(began, WARM + done)) / self.steps
+            if done < self.steps:
+                self._begin()
+            else:
+                self.parts = {part: self._part(names, 0) for part, names in PARTS.items()}
+                self.waiting, self.waiting_wall = (self._part((NEXT,), clock) for clock in (0, 1))
+
+    def _begin(self) -> None:
+        self._began = self.here.clock.now(), time.perf_counter()
+        if self.here.clock.device.type == "cuda":
+            self._heard = warnings.catch_warnings(record=True)
+            self._warnings = self._heard.__enter__()
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+    def _end(self) -> None:
+        if self.here.clock.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+            self._heard.__exit__(None, None, None)
+            heard = sum("synchroniz" in str(warning.message) for warning in self._warnings or ())
+            self.synchronisations = (self.synchronisations or 0) + heard
+        began, began_wall = self._began
+        self.seconds += (self.here.clock.now() - began) / self.steps
+        self.wall += (time.perf_counter() - began_wall) / self.steps
 
     def _part(self, names: tuple[str, ...], clock: int) -> float:
         """Seconds of a step, by the clock of the measurement (0) or on the wall (1)."""
@@ -122,14 +143,13 @@ class Bare:
         self.optimizer = self.classifier.make_optimizer(fused=not (self.clip and here.precision.endswith("-mixed")))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=here.dtype == torch.float16)
 
-    def seconds(self) -> float:
-        """Of a step."""
+    def seconds(self, steps: range) -> float:
+        """Of these steps together."""
         self.classifier.train()
-        for number, batch in enumerate(self.batches):
-            if number == WARM:
-                began = self.here.clock.now()
-            self._step(batch)
-        return (self.here.clock.now() - began) / (len(self.batches) - WARM)
+        began = self.here.clock.now()
+        for number in steps:
+            self._step(self.batches[number])
+        return self.here.clock.now() - began
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         images, targets = self.data.batch_transform(*(part.to(self.device, non_blocking=True) for part in batch), training=True)
@@ -145,7 +165,11 @@ class Bare:
 
 
 def measure(config: dict[str, Any]) -> list[Row]:
-    """A row for the whole step, and one for each part of it. In each round a short training by the command, then the bare loop."""
+    """A row for the whole step, and one for each part of it.
+
+    In each round a short training by the command with the bare loop in turn, then one without: its loaders would gain time by the other's
+    turns, so waiting for images is taken from there.
+    """
     console = Console()
     if config["trainer"]["devices"] not in (1, "1", "auto"):
         raise UserError(f"trainer.devices={text(config['trainer']['devices'])}: measured on one device")
@@ -156,18 +180,18 @@ def measure(config: dict[str, Any]) -> list[Row]:
         plan = _plan(config, here, Path(folder), progress)
         bare = Bare(plan, here, config["steps"])
         for turn in progress.track(range(config["rounds"]), description="rounds"):
-            watch = Watch(here, config["steps"])
-            with contextlib.redirect_stdout(io.StringIO()):
-                train(plan, Path(folder) / f"run{turn}", beside=[watch])
-            if not watch.seconds:
-                data = config["choices"]["data"]
-                raise UserError(f"steps={config['steps']}: an epoch of data={data} has fewer; lower it, or data.batch_size")
-            torch.set_num_threads(threads)
-            times["a bare loop"].append(bare.seconds())
-            times["the command, without waiting for images"].append(watch.seconds - watch.waiting)
-            times["wall"].append(watch.wall)
-            times["waiting"].append(watch.waiting_wall)
-            for part, seconds in watch.parts.items():
+            both, alone = Watch(here, config["steps"], bare), Watch(here, config["steps"])
+            for number, watch in enumerate((both, alone)):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    train(plan, Path(folder) / f"run{turn}_{number}", beside=[watch])
+                if not watch.parts:
+                    data = config["choices"]["data"]
+                    raise UserError(f"steps={config['steps']}: an epoch of data={data} has fewer; lower it, or data.batch_size")
+            times["a bare loop"].append(both.bares)
+            times["the command, without waiting for images"].append(both.seconds - both.waiting)
+            times["wall"].append(alone.wall)
+            times["waiting"].append(alone.waiting_wall)
+            for part, seconds in both.parts.items():
                 times[part].append(seconds)
     told = {
         "model": config["choices"]["model"],
@@ -182,11 +206,11 @@ def measure(config: dict[str, Any]) -> list[Row]:
         "steps": config["steps"],
         "n": config["rounds"],
     }
-    if watch.synchronisations is not None:
-        told["synchronisations_a_step"] = round(watch.synchronisations / config["steps"], 3)
-    wall, waiting, alone = times.pop("wall"), times.pop("waiting"), times["a bare loop"]
+    if alone.synchronisations is not None:
+        told["synchronisations_a_step"] = round(alone.synchronisations / config["steps"], 3)
+    wall, waiting, bares = times.pop("wall"), times.pop("waiting"), times["a bare loop"]
     rows: list[Row] = [
-        {"what": "part" if name in PARTS else "step", "name": name, "share": _shares(taken, alone), "ms": _ms(taken), **told}
+        {"what": "part" if name in PARTS else "step", "name": name, "share": _shares(taken, bares), "ms": _ms(taken), **told}
         for name, taken in times.items()
     ]
     rows.append({"what": "waiting", "name": "waiting for images", "share": _shares(waiting, wall), "ms": _ms(waiting), **told})
