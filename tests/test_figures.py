@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from PIL import Image
 from safetensors.torch import save_file
 
-from tnt_lightning import create_model, figures
+from tnt_lightning import create_model, figures, trained
 from tnt_lightning.pictures import draw, maps
 
 from .conftest import PAPER, train
@@ -220,13 +220,13 @@ def test_a_run_is_drawn_on_images_of_its_data(run, drawn, tmp_path):
 
 def test_photos_are_prepared_as_the_runs_images_are(run, tmp_path):
     """A file of a digit is drawn as the digit itself is; of photos without labels, colours are what the network takes them for."""
-    subject = figures.of_run(str(run), [])
-    own = figures.own_images(subject.data)
+    subject = trained.of_a_run(run)
+    own = figures.own_images(subject)
     for place in range(9):
         image = subject.data.parts.test[place][0]
         image.save(tmp_path / f"digit {place}.png")
     files = figures._named([str(tmp_path / "digit *.png"), str(tmp_path / "digit 3.png")])
-    photos = figures.photos(subject.data, files)
+    photos = figures.photos(subject, files)
     assert photos.called[3] == "digit 3" and len(files) == 9
     assert torch.equal(photos.take(range(9)), own.take(range(9)))
     with torch.no_grad():
@@ -238,12 +238,12 @@ def test_photos_are_prepared_as_the_runs_images_are(run, tmp_path):
 
 def test_another_network_is_set_beside_it_on_the_same_pixels(run, tmp_path):
     """A run, or a model by its name with weights, whose normalisation is its own."""
-    subject = figures.of_run(str(run), [])
+    subject = trained.of_a_run(run)
     again = figures.beside(subject, None, str(run))
     save_file(subject.model.state_dict(), tmp_path / "weights.safetensors")
     named = figures.beside(subject, "tnt_digits", str(tmp_path / "weights.safetensors"))
     assert (again.name, named.name) == (f"{subject.name} beside it", "tnt_digits")
-    pixels = figures.own_images(subject.data).take([0, 1])
+    pixels = figures.own_images(subject).take([0, 1])
     assert torch.allclose(figures.normalised(named.data, pixels), pixels / 127.5 - 1)  # that of a TNT whose file does not say
     images = figures.normalised(subject.data, pixels)
     for other in (again, named):

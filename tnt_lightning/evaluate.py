@@ -1,15 +1,12 @@
 """`python -m tnt_lightning.evaluate run=DIR`, or `model=... weights=... data=...`: top-1, top-5 and loss of what is trained already."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from tnt_lightning.cli import command
-from tnt_lightning.config import check, check_values, of_run
+from tnt_lightning.config import check, given_in, of_run_changed, refuse_keys_of_training
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,11 +29,9 @@ def main(config: DictConfig) -> None:
         return
     if config.weights is None:
         raise UserError("nothing to measure; name a run, run=outputs/..., or weights for a model: model=tnt_s weights=released data=...")
-    if config.resume is not None or hydra.runtime.choices.get("ablation") is not None:
-        raise UserError("resume= and ablation= are of training; evaluate takes run=, or model=, weights= and data=")
+    refuse_keys_of_training(config, hydra.runtime.choices.get("ablation"), "evaluate")
     check(OmegaConf.masked_copy(config, list(plain)), hydra.runtime.choices["model"])
-    keys = (override.key_or_group.split(".") for override in OverridesParser.create().parse_overrides(given))
-    evaluate_weights(plain, {key[-1] for key in keys if key[0] in ("data", "recipe")})
+    evaluate_weights(plain, given_in(("data", "recipe"), given))
 
 
 def evaluate_run(run: str, overrides: list[str]) -> Figures:
@@ -50,7 +45,7 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     from tnt_lightning.models.weights import load_weights
 
     directory, file = runs.locate(run)
-    plain = changed(directory, overrides, ("data", "trainer"))
+    plain = of_run_changed(directory, overrides, ("data", "trainer"))
 
     data, classifier = build_data(plain), build_classifier(plain)
     load_weights(classifier.backbone, file, exact=True)
@@ -69,26 +64,6 @@ def evaluate_run(run: str, overrides: list[str]) -> Figures:
     return figures
 
 
-def changed(directory: Path, overrides: list[str], sections: tuple[str, ...]) -> dict[str, Any]:
-    """The configuration of a run, in which overrides of some sections, and of the kernel, change values; checked as that of training is."""
-    config = of_run(directory)
-    OmegaConf.set_struct(config, True)
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key = override.key_or_group
-        free = key == "kernel" or ("." in key and key.split(".")[0] in sections)
-        if not free or override.is_delete():
-            only = ", ".join(f"{section}.*" for section in sections)
-            raise UserError(f"{override.input_line}: of a finished run only {only} and kernel can be changed")
-        try:
-            for place in (key, "model.kernel") if key == "kernel" else (key,):
-                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
-        except OmegaConfBaseException:
-            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
-    check_values(config, "the run's")  # an older run may lack what came later
-    plain: Any = OmegaConf.to_container(config)
-    return dict(plain)
-
-
 def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
     """Measure config["weights"] in the model and on the data of a resolved config, with the normalisation, crop and interpolation that
     the weights go with; `kept` names those (mean, std, crop_pct, interpolation) that stay as configured.
@@ -98,13 +73,12 @@ def evaluate_weights(config: dict[str, Any], kept: set[str]) -> Figures:
     from tnt_lightning import show
     from tnt_lightning.build import build_classifier, build_data
     from tnt_lightning.data import ImageNet, ImageNetStream
-    from tnt_lightning.models.weights import load_weights
+    from tnt_lightning.trained import with_pixels, with_their_head
 
     classifier = build_classifier(config)
-    loaded = load_weights(classifier.backbone, config["weights"])
-    if loaded.new_head:
-        raise UserError(f"{loaded.name}: {loaded.changes[-1]}; fine-tune the weights first, or choose the data that they were trained for")
-    config = {**config, "data": config["data"] | {name: value for name, value in loaded.preprocessing.items() if name not in kept}}
+    cure = "fine-tune the weights first, or choose the data that they were trained for"
+    loaded = with_their_head(classifier.backbone, config["weights"], cure)
+    config = with_pixels(config, loaded, kept)
     data = build_data(config)
     figures, trainer = _measure(config, classifier, data)
     if trainer.is_global_zero:

@@ -11,8 +11,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tnt_lightning import runs, trees
 from tnt_lightning.cli import command
-from tnt_lightning.config import check
-from tnt_lightning.config import plain as plain_values
+from tnt_lightning.config import check, given_in, plain, refuse_keys_of_training
 from tnt_lightning.errors import UserError
 from tnt_lightning.schema import NULL, TEXT, Kind, several, whole
 from tnt_lightning.schema import number as numeric
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from tnt_lightning.data import ImageDataModule
     from tnt_lightning.pictures.draw import Measured, Picture, Points
+    from tnt_lightning.trained import Trained
 
 NUMBERS = ("2", "3a", "3b", "4", "5", "6", "7", "positions")
 BATCH = 64  # images at a time through a network
@@ -69,71 +69,34 @@ class Found(NamedTuple):
         return list(range(size)) if size <= count else [round(i * (size - 1) / max(1, count - 1)) for i in range(count)]
 
 
-class Subject(NamedTuple):
-    """The network that is drawn, in evaluation mode. data: prepares images for it; name: as a person calls it; about: where it is from"""
-
-    model: "nn.Module"
-    data: "ImageDataModule"
-    name: str
-    about: str
-
-
 @command("figures")
 def main(config: DictConfig) -> None:
     asked: Any = OmegaConf.to_container(OmegaConf.masked_copy(config, list(OWN)))
     for key, kind in OWN.items():
         if not kind.fits(asked[key]):
             raise UserError(f"{key}={asked[key]} is not {kind.words}")
+    from tnt_lightning.trained import of_a_run, of_composed  # late, as torch is
+
     hydra = HydraConfig.get()
-    read = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    others = [one for one in read if one.key_or_group not in (*OWN, "seed")]
-    if asked["run"] is None:
-        of_training = OmegaConf.masked_copy(config, [str(key) for key in config if key not in OWN])
-        check(of_training, hydra.runtime.choices["model"])
-        keys = [one.key_or_group.split(".") for one in others]
-        kept = {key[-1] for key in keys if key[0] in ("data", "recipe")}
-        subject = of_weights(plain_values(of_training), kept, hydra.runtime.choices["model"])
+    given = list(hydra.overrides.task)
+    if asked["run"] is not None:
+        named = OverridesParser.create().parse_overrides(given)
+        others = [one.input_line or "" for one in named if one.key_or_group not in (*OWN, "seed")]
+        trained = of_a_run(asked["run"], others)
     else:
-        subject = of_run(asked["run"], [one.input_line or "" for one in others])
-    pictures, notes = drawn(subject, asked, seed=int(config.seed))
-    files = write(Path(asked["out"]).expanduser(), pictures, notes, title=f"Figures of {subject.name}", about=subject.about)
+        refuse_keys_of_training(config, hydra.runtime.choices.get("ablation"), "figures")
+        of_training, model = OmegaConf.masked_copy(config, [str(key) for key in config if key not in OWN]), hydra.runtime.choices["model"]
+        check(of_training, model)
+        trained = of_composed(plain(of_training), model, given_in(("data", "recipe"), given))
+    pictures, notes = drawn(trained, asked, seed=int(config.seed))
+    files = write(Path(asked["out"]).expanduser(), pictures, notes, title=f"Figures of {trained.name}", about=trained.about)
     for note in notes:
         print(f"note    {note}")
     for file in files:
         print(f"written {file}")
 
 
-def of_run(run: str, overrides: list[str]) -> Subject:
-    """A run (a directory, or a checkpoint in one), in whose configuration overrides of data.* change values."""
-    from tnt_lightning.build import build_data
-    from tnt_lightning.evaluate import changed
-    from tnt_lightning.models.weights import load_run
-
-    directory, file = runs.locate(run)
-    plain = changed(directory, overrides, ("data",))
-    return Subject(load_run(file), build_data(plain), directory.name, f"Weights: {file.name} of {directory.name}.")
-
-
-def of_weights(config: dict[str, Any], kept: set[str], name: str) -> Subject:
-    """config["weights"] in the model of a resolved configuration, with the pixels that they go with but for what `kept` names."""
-    import torch
-
-    from tnt_lightning.build import build_data
-    from tnt_lightning.models import build_model
-    from tnt_lightning.models.weights import load_weights
-
-    torch.manual_seed(config["seed"])
-    model, about = build_model(**config["model"]).eval(), "Weights: random; this network has learned nothing (weights=SOURCE)."
-    if config["weights"] is not None:
-        loaded = load_weights(model, config["weights"])
-        if loaded.new_head:
-            raise UserError(f"{loaded.name}: {loaded.changes[-1]}; choose the data that the weights were trained for")
-        config = {**config, "data": config["data"] | {key: value for key, value in loaded.preprocessing.items() if key not in kept}}
-        about = " ".join([f"Weights: {loaded.name}.", *(f"{change}." for change in loaded.changes)])
-    return Subject(model, build_data(config), name, about)
-
-
-def drawn(subject: Subject, asked: dict[str, Any], *, seed: int) -> "tuple[list[Picture], list[str]]":
+def drawn(trained: "Trained", asked: dict[str, Any], *, seed: int) -> "tuple[list[Picture], list[str]]":
     """Pictures, and notes on what is left out. UserError where a figure is asked for by its number that the network cannot have."""
     if find_spec("matplotlib") is None:
         raise UserError("matplotlib, which draws the figures, is missing: pip install 'tnt-lightning[figures]'")
@@ -154,7 +117,7 @@ def drawn(subject: Subject, asked: dict[str, Any], *, seed: int) -> "tuple[list[
             raise UserError(f"figures={number}: {why}")
         notes.append(f"no Figure {number}: {why}")
 
-    missing = {number: why for number in which if (why := _lacks(subject.model, number))}
+    missing = {number: why for number in which if (why := _lacks(trained.model, number))}
     for number, why in missing.items():
         left_out(number, why)
     which = [number for number in which if number not in missing]
@@ -163,38 +126,38 @@ def drawn(subject: Subject, asked: dict[str, Any], *, seed: int) -> "tuple[list[
         notes += said
         pictures.append(draw.accuracy(PAPER["imagenet"], ours))
     if set(which) - {"2"}:
-        found = own_images(subject.data) if asked["images"] is None else photos(subject.data, _named(_several(asked["images"])))
+        found = own_images(trained) if asked["images"] is None else photos(trained, _named(_several(asked["images"])))
         places = found.spread(asked["count"])
         pixels = found.take(places)
-        images = draw.Images(pixels, normalised(subject.data, pixels), [found.called[place] for place in places])
-        networks = {subject.name: (subject.model, images.inputs)}
+        images = draw.Images(pixels, normalised(trained.data, pixels), [found.called[place] for place in places])
+        networks = {trained.name: (trained.model, images.inputs)}
         other = None
         if asked["beside"] is not None and asked["beside_weights"] is None:
             notes.append(
-                f"beside={asked['beside']}: no beside_weights are given, and random ones show nothing; {subject.name} is drawn alone"
+                f"beside={asked['beside']}: no beside_weights are given, and random ones show nothing; {trained.name} is drawn alone"
             )
         elif asked["beside_weights"] is not None:
-            other = beside(subject, asked["beside"], asked["beside_weights"])
+            other = beside(trained, asked["beside"], asked["beside_weights"])
             networks[other.name] = (other.model, normalised(other.data, images.pixels))
         elif {"3a", "3b"} & set(which):
             notes.append(
-                f"{subject.name} is drawn alone in Figures 3a and 3b: beside=deit_s beside_weights=SOURCE sets another one beside it"
+                f"{trained.name} is drawn alone in Figures 3a and 3b: beside=deit_s beside_weights=SOURCE sets another one beside it"
             )
         if "3a" in which:
             pictures.append(draw.features(networks, images, asked["blocks"]))
         if "3b" in which:
             try:
-                many = points(subject, other, found, asked["points"])
+                many = points(trained, other, found, asked["points"])
                 pictures.append(draw.tsne(many, perplexity=asked["perplexity"], seed=seed))
             except ImportError:
                 left_out("3b", "scikit-learn, which has t-SNE, is missing: pip install 'tnt-lightning[figures]'")
             except TooFew as error:
                 left_out("3b", str(error))
-        if isinstance(subject.model, TNT):
+        if isinstance(trained.model, TNT):
             queries = {key: None if asked[key] is None else [tuple(place) for place in asked[key]] for key in ("patches", "words")}
             wanted = [number for number in which if number in draw.OF_WORDS]
             console = Console(stderr=True)
-            rows = draw.explained(subject.model, images, which=wanted, blocks=asked["blocks"], **queries)
+            rows = draw.explained(trained.model, images, which=wanted, blocks=asked["blocks"], **queries)
             pictures += track(rows, "draw", console=console, transient=True, disable=not console.is_terminal)
             for number in wanted:
                 if not any(picture.number == number for picture in pictures):
@@ -225,28 +188,31 @@ def _named(words: Sequence[str]) -> list[str]:
     return files
 
 
-def photos(data: "ImageDataModule", files: Sequence[str]) -> Found:
+def photos(trained: "Trained", files: Sequence[str]) -> Found:
     """As a person sees them, then as evaluation prepares images. BrokenImage, which names the file, for one that cannot be read."""
     import torch
 
     from tnt_lightning.data.images import decoded, open_as_seen
 
+    data = trained.data
+
     def take(places: Sequence[int]) -> "Tensor":
         return torch.stack([data.eval_transform(decoded(open_as_seen(files[place])).convert(data.mode)) for place in places])
 
-    names = [str(label) for label in range(data.num_classes)]
-    return Found(take, [_short(Path(file).stem) for file in files], None, names)
+    return Found(take, [_short(Path(file).stem) for file in files], None, [trained.named(label) for label in range(data.num_classes)])
 
 
-def own_images(data: "ImageDataModule") -> Found:
+def own_images(trained: "Trained") -> Found:
     """Of the test part, otherwise of validation, otherwise of training."""
     from tnt_lightning.data.module import Transformed, batch_of
 
+    data = trained.data
     data.setup()
     assert data.parts is not None
     part: Any = data.parts.test or data.parts.val or data.parts.train
     shown = Transformed(part, data.eval_transform, data.mode)
-    names = list(getattr(part, "classes", None) or map(str, range(data.num_classes)))
+    known = trained if trained.classes is not None else trained._replace(classes=getattr(part, "classes", None))
+    names = [known.named(label) for label in range(data.num_classes)]
     called = [f"class {_short(names[label])}" for label in part.labels]
     return Found(lambda places: batch_of([shown[place] for place in places])[0], called, part.labels, names)
 
@@ -255,7 +221,7 @@ def normalised(data: "ImageDataModule", pixels: "Tensor") -> "Tensor":
     return data.batch_transform(pixels, pixels.new_zeros(len(pixels)), training=False)[0]
 
 
-def points(subject: Subject, other: Subject | None, found: Found, most: int) -> "dict[str, tuple[nn.Module, Points]]":
+def points(trained: "Trained", other: "Trained | None", found: Found, most: int) -> "dict[str, tuple[nn.Module, Points]]":
     """For Figure 3b, of each network. Images without labels are coloured by what the first network takes them for."""
     import torch
 
@@ -265,39 +231,35 @@ def points(subject: Subject, other: Subject | None, found: Found, most: int) -> 
     if len(places) < 8:
         raise TooFew(f"t-SNE needs 8 images or more, and there are {len(places)}")
     pixels = [found.take(places[start : start + BATCH]) for start in range(0, len(places), BATCH)]
-    batches = {one.name: [normalised(one.data, some) for some in pixels] for one in (subject, other) if one is not None}
+    batches = {one.name: [normalised(one.data, some) for some in pixels] for one in (trained, other) if one is not None}
     if found.labels is not None:
         labels, whose = [found.labels[place] for place in places], "class"
     else:
         with torch.no_grad():
-            labels = torch.cat([subject.model(batch).argmax(1) for batch in batches[subject.name]]).tolist()
-        whose = f"class that {subject.name} predicts"
-    return {one.name: (one.model, Points(batches[one.name], labels, found.classes, whose)) for one in (subject, other) if one is not None}
+            labels = torch.cat([trained.model(batch).argmax(1) for batch in batches[trained.name]]).tolist()
+        whose = f"class that {trained.name} predicts"
+    return {one.name: (one.model, Points(batches[one.name], labels, found.classes, whose)) for one in (trained, other) if one is not None}
 
 
-def beside(subject: Subject, name: str | None, source: str) -> Subject:
+def beside(trained: "Trained", name: str | None, source: str) -> "Trained":
     """Another network on the same pixels, with the normalisation of its weights: a model by its name, or without one a run."""
-    from tnt_lightning.data import ImageDataModule
-    from tnt_lightning.models import create_model, model_names
-    from tnt_lightning.models.weights import load_weights
+    from tnt_lightning.models import model_names
     from tnt_lightning.results import files
+    from tnt_lightning.trained import of_a_run, of_weights
 
-    chans, *size = subject.data.input_size
+    chans, *size = trained.data.input_size
     if name is None:
-        other = of_run(source, [])
+        other = of_a_run(source)
     else:
         if name not in model_names():
             raise UserError(f"beside={name}: no such model; available: {', '.join(model_names())}")
         sides: Any = {key: size for key, value in files("model")[name]["model"].items() if value == "${image_size}"}
-        model = create_model(name, in_chans=chans, num_classes=subject.data.num_classes, **sides).eval()
-        loaded = load_weights(model, source)
-        data = ImageDataModule(image_size=size, in_chans=chans, num_classes=subject.data.num_classes, **loaded.preprocessing)
-        other = Subject(model, data, name, f"Weights: {loaded.name}.")
-    if other.data.input_size != subject.data.input_size:
+        other = of_weights(name, source, dict(in_chans=chans, num_classes=trained.data.num_classes, **sides))
+    if other.data.input_size != trained.data.input_size:
         raise UserError(
-            f"beside_weights={source}: images of {other.data.input_size} (channels, height, width) there, {subject.data.input_size} here"
+            f"beside_weights={source}: images of {other.data.input_size} (channels, height, width) there, {trained.data.input_size} here"
         )
-    return other._replace(name=f"{other.name} beside it") if other.name == subject.name else other
+    return other._replace(name=f"{other.name} beside it") if other.name == trained.name else other
 
 
 def _short(name: str) -> str:

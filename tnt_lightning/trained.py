@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from timm.data import ImageNetInfo
@@ -13,18 +14,19 @@ from torch import nn
 
 from tnt_lightning import CONF, runs
 from tnt_lightning.build import build_data
-from tnt_lightning.config import check_values, of_run
+from tnt_lightning.config import of_run_changed
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.errors import UserError
-from tnt_lightning.models import create_model
-from tnt_lightning.models.weights import load_run, load_weights
+from tnt_lightning.models import build_model, create_model
+from tnt_lightning.models.weights import Weights, load_run, load_weights
 
 NAMING = "run=DIR, or weights for a model: model=tnt_s weights=released"
 
 
 class Trained(NamedTuple):
     """source: where the weights are from; model: in evaluation mode, on the CPU
-    data: prepares images as evaluation does; it has none of its own
+    data: prepares images as evaluation does; has images of its own where it is a data set's
+    name, about: for a reader elsewhere, without a path of this machine: how a person calls it, and a sentence or more on its weights
     classes: names by label, None where nobody knows them
     run: the directory, and its resolved configuration; both None of weights from elsewhere
     published: top-1 on ImageNet-1k in percent, and of which model, where the weights are published ones
@@ -33,14 +35,16 @@ class Trained(NamedTuple):
     source: str
     model: nn.Module
     data: ImageDataModule
-    classes: list[str] | None
+    name: str
+    about: str
+    classes: list[str] | None = None
     run: Path | None = None
     config: dict[str, Any] | None = None
     published: tuple[float, str] | None = None
 
     def named(self, label: int) -> str:
         """The name of a class as a person reads it; its number where it has none."""
-        return str(label) if self.classes is None else _described(self.classes[label])
+        return str(label) if self.classes is None else described(self.classes[label])
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -66,33 +70,59 @@ def find(keys: Mapping[str, str]) -> Trained:
     return of_weights(name, source, {knob: _value(knob, value) for knob, value in keys.items()})
 
 
-def of_a_run(path: str | Path) -> Trained:
-    """The network of a run (a directory, or a checkpoint in one) that its result is of."""
+def of_a_run(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
+    """The network of a run (a directory, or a checkpoint in one) that its result is of; overrides of data.* and kernel change values of
+    its configuration."""
     directory, file = runs.locate(path)
-    config = of_run(directory)
-    check_values(config, "the run's")
-    plain: Any = OmegaConf.to_container(config)
-    model, data, classes = load_run(file), build_data(plain), runs.classes_of(directory)
+    config = of_run_changed(directory, overrides, ("data",))
+    model, data, classes = load_run(file), build_data(config), runs.classes_of(directory)
     if classes is not None and len(classes) != data.num_classes:
         raise UserError(f"{directory / runs.CLASSES}: {len(classes)} names for data.num_classes={data.num_classes}; remove it for numbers")
-    return Trained(str(file), model, data, classes, directory, plain)
+    about = f"Weights: {file.name} of {directory.name}."
+    return Trained(str(file), model, data, directory.name, about, classes, directory, config)
 
 
 def of_weights(name: str, source: str, knobs: Mapping[str, Any]) -> Trained:
     """Weights from anywhere in a model of conf/model/, with the pixels that they go with."""
     model = create_model(name, **knobs).eval()
-    loaded = load_weights(model, source)
-    if loaded.new_head:
-        raise UserError(f"{loaded.name}: {loaded.changes[-1]}; num_classes=N is the model's")
+    loaded = with_their_head(model, source, "num_classes=N is the model's")
     sizes = [knobs[knob] for knob in ("image_size", "img_size") if knob in knobs]
     size: Any = sizes[0] if sizes else OmegaConf.load(CONF / "model" / f"{name}.yaml").image_size
     classes: Any = model.num_classes
-    chans = knobs.get("in_chans", 3)
-    data = ImageDataModule(image_size=size, in_chans=chans, num_classes=classes, **loaded.preprocessing)
+    data = ImageDataModule(image_size=size, in_chans=knobs.get("in_chans", 3), num_classes=classes, **loaded.preprocessing)
     data.as_seen = True  # no data set says otherwise
     imagenet = loaded.published is not None and classes == 1000
     names = _imagenet().label_names() if imagenet else None
-    return Trained(loaded.name, model, data, names, published=loaded.published if imagenet else None)
+    return Trained(loaded.name, model, data, name, _about(loaded), names, published=loaded.published if imagenet else None)
+
+
+def of_composed(config: dict[str, Any], name: str, kept: set[str]) -> Trained:
+    """config["weights"], or random ones, in the model and with the data of a resolved configuration, with the pixels that the weights go
+    with; `kept` names those (mean, std, crop_pct, interpolation) that stay as configured."""
+    torch.manual_seed(config["seed"])
+    model, source = build_model(**config["model"]).eval(), config["weights"]
+    if source is None:
+        about = "Weights: random; this network has learned nothing (weights=SOURCE)."
+        return Trained("random", model, build_data(config), name, about)
+    loaded = with_their_head(model, source, "choose the data that the weights were trained for")
+    return Trained(loaded.name, model, build_data(with_pixels(config, loaded, kept)), name, _about(loaded), published=loaded.published)
+
+
+def with_pixels(config: dict[str, Any], loaded: Weights, kept: set[str]) -> dict[str, Any]:
+    """A configuration with the normalisation, crop and interpolation that weights go with, but for those that `kept` names."""
+    return {**config, "data": config["data"] | {key: value for key, value in loaded.preprocessing.items() if key not in kept}}
+
+
+def with_their_head(model: nn.Module, source: str, cure: str) -> Weights:
+    """Loaded into a network that is used as it is. UserError where it would keep a head of its own; cure: for the message."""
+    loaded = load_weights(model, source)
+    if loaded.new_head:
+        raise UserError(f"{loaded.name}: {loaded.changes[-1]}; {cure}")
+    return loaded
+
+
+def _about(loaded: Weights) -> str:
+    return " ".join([f"Weights: {loaded.name}.", *(f"{change}." for change in loaded.changes)])
 
 
 def _value(knob: str, text: str) -> Any:
@@ -117,7 +147,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return keys, others
 
 
-def _described(name: str) -> str:
+def described(name: str) -> str:
     """ImageNet's classes are called by their WordNet ids in all its layouts."""
     if not re.fullmatch(r"n\d{8}", name):
         return name
