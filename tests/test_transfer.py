@@ -96,7 +96,7 @@ def test_a_run_on_some_classes_is_fine_tuned_on_others_at_another_size(pretraine
     for line in (
         "classes 5: 5, 6, 7, 8, 9",
         f"weights {runs.checkpoint_path(pretrained, 'best')}",
-        "sentence_position resized from 2x2 to 4x4 sentences",
+        "sentence_position resized from 2x2 to 4x4 tokens",
         "head starts anew: 5 classes there, 5 here",
         "pixels 16x16, mean [0.0], std [1.0], as they were trained with",
         "the average spans 1 of 9 steps: recipe.ema_decay=auto is 0",

@@ -164,10 +164,10 @@ def test_positions_are_resized_and_the_head_is_replaced_and_both_are_said(tmp_pa
     model = create_model("tnt_s", image_size=(256, 224), num_classes=7)
     head = model.head.weight.clone()
     loaded = load_weights(model, tmp_path / "timm.pth")
-    assert loaded.changes == ["sentence_position resized from 14x14 to 16x14 sentences", "head starts anew: 1000 classes there, 7 here"]
+    assert loaded.changes == ["sentence_position resized from 14x14 to 16x14 tokens", "head starts anew: 1000 classes there, 7 here"]
     assert loaded.new_head and torch.equal(model.head.weight, head)
     torch.testing.assert_close(model.sentence_position, resample_abs_pos_embed(timms["tnt_s"].patch_pos, [16, 14], [14, 14]))
-    with pytest.raises(UserError, match=r"another network \(sentence_position resized from 14x14 to 16x14 sentences; head starts anew"):
+    with pytest.raises(UserError, match=r"another network \(sentence_position resized from 14x14 to 16x14 tokens; head starts anew"):
         load_weights(model, tmp_path / "timm.pth", exact=True)
 
 
@@ -175,7 +175,7 @@ def test_positions_of_a_run_are_resized_from_its_own_grid(tmp_path):
     train(tmp_path / "run", "image_size=[8,16]", "+trainer.limit_train_batches=1")
     source = load_run(tmp_path / "run")
     model = create_model("tnt_digits", in_chans=1, num_classes=10, image_size=[16, 8])  # as many sentences, in another grid
-    assert load_weights(model, tmp_path / "run").changes == ["sentence_position resized from 2x4 to 4x2 sentences"]
+    assert load_weights(model, tmp_path / "run").changes == ["sentence_position resized from 2x4 to 4x2 tokens"]
     torch.testing.assert_close(model.sentence_position, resample_abs_pos_embed(source.sentence_position, [4, 2], [2, 4]))
 
 
@@ -481,5 +481,5 @@ def test_training_starts_from_other_weights_and_says_what_it_changed(tmp_path, f
     train(tmp_path / "run", f"weights={finished}", "image_size=16", "recipe.mean=0.5", "+trainer.limit_train_batches=1")
     said = capsys.readouterr().out
     assert f"weights {finished / 'checkpoints' / 'best.ckpt'}" in said
-    assert "sentence_position resized from 2x2 to 4x4 sentences" in said
+    assert "sentence_position resized from 2x2 to 4x4 tokens" in said
     assert "note   they were trained with other pixels: recipe.mean=0.0 recipe.std=1.0" in said

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.layers import resample_abs_pos_embed, trunc_normal_
@@ -21,16 +21,22 @@ class ClassTokenBackbone(nn.Module):
     A subclass sets image_size, in_chans, num_classes, num_features (d), global_pool, and the modules cls_token and head.
     """
 
-    stride: int  # pixels between two of the tokens that come out
-    num_prefix_tokens = 1
-    grad_checkpointing = False
-    image_size: tuple[int, int]
-    in_chans: int
-    num_classes: int
-    num_features: int
-    global_pool: str
-    cls_token: nn.Parameter
-    head: nn.Module
+    __jit_unused_properties__ = ["pretrained_cfg", "default_cfg", "head_hidden_size"]
+
+    if TYPE_CHECKING:  # TorchScript reads annotations, and knows no nn.Module among them
+        stride: int  # pixels between two of the tokens that come out
+        image_size: tuple[int, int]
+        in_chans: int
+        num_classes: int
+        num_features: int
+        global_pool: str
+        cls_token: nn.Parameter
+        head: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
 
     @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor: ...
@@ -63,6 +69,8 @@ class ClassTokenBackbone(nn.Module):
 
     def _init_weights(self) -> None:
         """Truncated normals of deviation 0.02; convolutions keep torch's own, as in the official codes."""
+        if self.cls_token.is_meta:
+            return  # shapes alone are asked for, and to fill them with nothing takes a second
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, calculate_drop_path_rates, trunc_normal_, use_fused_attn
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from tnt_lightning.errors import UserError
 from tnt_lightning.kernels import inner
 from tnt_lightning.models import knobs
+from tnt_lightning.models.contract import GLOBAL_POOLS, ClassTokenBackbone
 
 POSITION_ENCODINGS = ("none", "sentence", "word", "both")
-GLOBAL_POOLS = ("token", "avg", "")
 
 
 class Explanation(NamedTuple):
@@ -228,7 +228,7 @@ class WordEmbed(nn.Module):
         return words.flatten(2).transpose(1, 2)
 
 
-class TNT(nn.Module):
+class TNT(ClassTokenBackbone):
     """Transformer in Transformer: images (B, in_chans, H, W) -> logits (B, num_classes). Defaults are TNT-S (paper, Table 1).
 
     image_size: pixels, one number or (height, width); a multiple of patch_size
@@ -250,8 +250,6 @@ class TNT(nn.Module):
     The class keeps timm's contract for backbones, so timm's tools work on it. ValueError, with values that would do,
     for knobs that do not fit each other.
     """
-
-    __jit_unused_properties__ = ["pretrained_cfg", "default_cfg"]
 
     def __init__(
         self,
@@ -309,13 +307,10 @@ class TNT(nn.Module):
 
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.patch_size = patch_size
-        self.global_pool: str = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = outer_dim
-        self.num_prefix_tokens = 1
-        self.grad_checkpointing = False
+        self.patch_size = self.stride = patch_size
+        self.global_pool = global_pool
+        self.num_features = self.embed_dim = outer_dim
         self.image_size = knobs.check_image(image_size, patch_size)
-        self.grid_size = _grid(self.image_size, patch_size)  # sentences down and across
         num_sentences = self.grid_size[0] * self.grid_size[1]
 
         self.word_embed = WordEmbed(patch_size=patch_size, words_per_patch=words_per_patch, in_chans=in_chans, inner_dim=inner_dim)
@@ -352,28 +347,25 @@ class TNT(nn.Module):
 
         self.norm = nn.LayerNorm(outer_dim)
         self.head = nn.Linear(outer_dim, num_classes) if num_classes else nn.Identity()
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """The official initialisation: truncated normals of deviation 0.02; the convolution keeps torch's own."""
         for position in (self.cls_token, self.sentence_position, self.word_position):
             if position is not None:
                 trunc_normal_(position, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self._init_weights()
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Sentences down and across."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def positions(self, image_size: tuple[int, int]) -> dict[str, tuple[tuple[int, int], int]]:
+        grid = (image_size[0] // self.stride, image_size[1] // self.stride)
+        return {} if self.sentence_position is None else {"sentence_position": (grid, self.num_prefix_tokens)}
 
     # ---- forward
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Words and sentences as they enter the first block (paper, Eq. 3-5)."""
-        _, chans, height, width = images.shape
-        torch._assert(chans == self.in_chans, f"images of {chans} channels do not fit in_chans={self.in_chans}")
-        misfit = f"images of {height}x{width} do not fit image_size={self.image_size}; set_input_size() changes it"
-        torch._assert(height == self.image_size[0], misfit)
-        torch._assert(width == self.image_size[1], misfit)
+        self._check(images)
         words = self.word_embed(images)
         if self.word_position is not None:
             words = words + self.word_position
@@ -392,17 +384,6 @@ class TNT(nn.Module):
             else:
                 words, sentences = block(words, sentences)
         return self.norm(sentences)
-
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, 1+N, d) -> logits (B, num_classes), or the pooled features (B, d) with pre_logits."""
-        if self.global_pool == "token":
-            tokens = tokens[:, 0]
-        elif self.global_pool == "avg":
-            tokens = tokens[:, self.num_prefix_tokens :].mean(dim=1)
-        return tokens if pre_logits else self.head(tokens)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
 
     def forward_intermediates(
         self,
@@ -464,15 +445,12 @@ class TNT(nn.Module):
     # ---- timm's contract
 
     @property
-    def pretrained_cfg(self) -> dict:
-        """What timm's tools ask of a model: its input, and the recipe's normalisation, crop and interpolation (paper, Table 3)."""
-        return dict(
-            input_size=(self.in_chans, *self.image_size), fixed_input_size=True, pool_size=None, num_classes=self.num_classes,
-            mean=(0.5,) * self.in_chans, std=(0.5,) * self.in_chans, crop_pct=0.9, interpolation="bicubic",
-            first_conv="word_embed.proj", classifier="head", paper_ids="arXiv:2103.00112", paper_name="Transformer in Transformer",
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """With the recipe's normalisation and crop (paper, Table 3)."""
+        return super().pretrained_cfg | dict(
+            mean=(0.5,) * self.in_chans, std=(0.5,) * self.in_chans, crop_pct=0.9, first_conv="word_embed.proj",
+            paper_ids="arXiv:2103.00112", paper_name="Transformer in Transformer",
         )  # fmt: skip
-
-    default_cfg = pretrained_cfg
 
     def no_weight_decay(self) -> set[str]:
         return {name for name in ("cls_token", "sentence_position", "word_position") if getattr(self, name) is not None}
@@ -482,25 +460,6 @@ class TNT(nn.Module):
             stem=r"^cls_token|^sentence_position|^word_position|^word_embed|^fold",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         )
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh head for num_classes (0: none), and another pooling where one is named."""
-        if global_pool is not None:
-            knobs.check_choice("global_pool", global_pool, GLOBAL_POOLS)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        like = self.cls_token
-        self.head = nn.Linear(self.embed_dim, num_classes, device=like.device, dtype=like.dtype) if num_classes else nn.Identity()
-        if isinstance(self.head, nn.Linear) and not like.is_meta:
-            trunc_normal_(self.head.weight, std=0.02)
-            nn.init.zeros_(self.head.bias)
-        self.head.train(self.training)
 
     def prune_intermediate_layers(self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop what the chosen intermediates do not need; gives their indices."""
@@ -513,18 +472,7 @@ class TNT(nn.Module):
         return taken
 
     def set_input_size(self, img_size: int | Sequence[int] | None = None, patch_size: int | None = None) -> None:
-        """Take images of another size: the sentence positions are resized as timm does (bicubic, antialiased, class token kept)."""
+        """Take images of another size, as above; the words fix the patches."""
         if patch_size not in (None, self.patch_size):
             raise UserError(f"patch_size={patch_size}: the words of a trained model fix its patches at {self.patch_size}")
-        if img_size is None:
-            return
-        old_grid = self.grid_size
-        self.image_size = knobs.check_image(img_size, self.patch_size)
-        self.grid_size = _grid(self.image_size, self.patch_size)
-        if self.sentence_position is not None and self.grid_size != old_grid:
-            resized = resample_abs_pos_embed(self.sentence_position.detach(), list(self.grid_size), list(old_grid), num_prefix_tokens=1)
-            self.sentence_position = nn.Parameter(resized, requires_grad=self.sentence_position.requires_grad)
-
-
-def _grid(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    return image_size[0] // patch_size, image_size[1] // patch_size
+        super().set_input_size(img_size)

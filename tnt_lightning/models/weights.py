@@ -357,17 +357,7 @@ def _telling(knobs: dict[str, Any]) -> dict[str, Any]:
 def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
     """`state` with position encodings for the image size of the model, and a line where that changed them."""
     if isinstance(model, ClassTokenBackbone):
-        return _resized_stages(model, state, found)
-    if isinstance(model, TNT):
-        name = "sentence_position"
-        before = state.get(name)
-        if before is None or model.sentence_position is None or before.ndim != 3 or len(before) != 1 or before.shape[1] < 2:
-            return state, []
-        old, new = _grid(found.knobs, before.shape[1] - 1, model.patch_size), model.grid_size
-        if old is None or old == new:
-            return state, []
-        resized = resample_abs_pos_embed(before, list(new), list(old), num_prefix_tokens=1)
-        return state | {name: resized}, [f"{name} resized from {old[0]}x{old[1]} to {new[0]}x{new[1]} sentences"]
+        return _resized_positions(model, state, found)
     name = "pos_embed"
     before = state.get(name)
     if convert := getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None):
@@ -382,8 +372,8 @@ def _resized(model: nn.Module, state: dict[str, Tensor], found: _Found) -> tuple
     return state, [f"{name} resized from {before.shape[1]} to {after.shape[1]} tokens"]
 
 
-def _resized_stages(model: ClassTokenBackbone, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
-    """As above, of backbones that have encodings at several resolutions."""
+def _resized_positions(model: ClassTokenBackbone, state: dict[str, Tensor], found: _Found) -> tuple[dict[str, Tensor], list[str]]:
+    """As above, of ours, which may have encodings at several resolutions; of a source that does not say its image size, a square one."""
     lines = []
     for name, (new, prefix) in model.positions(model.image_size).items():
         before = state.get(name)
@@ -403,16 +393,7 @@ def _positions(model: nn.Module) -> set[str]:
     """What depends on the image size."""
     if isinstance(model, ClassTokenBackbone):
         return set(model.positions(model.image_size))
-    return {"sentence_position" if isinstance(model, TNT) else "pos_embed"}  # timm's name
-
-
-def _grid(knobs: dict[str, Any], sentences: int, patch_size: int) -> tuple[int, int] | None:
-    """Sentences down and across; of a source that does not say, a square one."""
-    size = knobs.get("image_size")
-    if size is not None:
-        height, width = size if isinstance(size, list) else (size, size)
-        return height // patch_size, width // patch_size
-    return _square(sentences)
+    return {"pos_embed"}  # timm's name
 
 
 def _square(tokens: int) -> tuple[int, int] | None:
