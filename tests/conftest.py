@@ -1,5 +1,7 @@
 """Ways through the public door: a configuration as the command line composes it, and the commands themselves."""
 
+import copy
+import functools
 import os
 import subprocess
 import sys
@@ -22,12 +24,22 @@ QUICK = ("recipe.epochs=2", "recipe.warmup_epochs=1", "trainer.enable_progress_b
 
 
 def compose(*overrides: str, with_hydra: bool = False):
+    return copy.deepcopy(_composed(overrides, with_hydra))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...], with_hydra: bool):
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("config", list(overrides), return_hydra_config=with_hydra)
 
 
 def resolved(*overrides: str) -> dict:
+    return copy.deepcopy(_resolved(overrides))
+
+
+@functools.cache
+def _resolved(overrides: tuple[str, ...]) -> dict:
     config = compose(*overrides)
     return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key not in FACTS}
 
