@@ -87,6 +87,17 @@ def test_pixels_are_those_of_evaluation(photos):
         assert {name for one in found for _, name, _ in one.top} == {"cat", "dog"}
 
 
+def test_a_photo_is_turned_whatever_the_network_was_trained_on(finished, digits, tmp_path):
+    """Published sets are taken as they are stored; a phone's photo is not one of them."""
+    files = sorted(digits.iterdir())[:5]
+    for file in files:
+        image = Image.open(file).transpose(Image.Transpose.ROTATE_90)
+        image.getexif()[0x0112] = 6  # to be turned by 90 degrees clockwise
+        image.save(tmp_path / file.name, exif=image.getexif())
+    upright, turned = (list(predict(trained.of_a_run(finished), [str(f / file.name) for file in files])) for f in (digits, tmp_path))
+    assert [one.top for one in upright] == [one.top for one in turned]
+
+
 def test_formats_say_the_same_and_broken_files_are_left_out(photos, tmp_path, monkeypatch, called):
     run, folder = photos
     shutil.copytree(folder / "test", tmp_path / "test")

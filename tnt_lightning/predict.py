@@ -132,19 +132,20 @@ def _say(broken: Broken) -> None:
 def predict(
     trained: "Trained", files: Sequence[str], *, top: int = 5, batch_size: int = 64, attention: Path | None = None
 ) -> Iterator[Prediction | Broken]:
-    """In the order of the files; on a GPU where there is one, in float32, with the pixels that evaluation gives the network.
+    """In the order of the files; on a GPU where there is one, in float32. Images are taken as a person sees them, turned as the camera
+    says, and then prepared as evaluation does it.
 
     attention: a folder in which what the last block's class token attends to is drawn over each image (see `overlay`)
     """
     import torch
 
-    from tnt_lightning.data.images import BrokenImage, open_as_seen, open_image
+    from tnt_lightning.data.images import BrokenImage, open_as_seen
     from tnt_lightning.data.module import Transformed
     from tnt_lightning.data.splits import Files
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, data = trained.model.to(device), trained.data
-    split = Files(files, [0] * len(files), classes=[], opener=open_as_seen if data.as_seen else open_image)
+    split = Files(files, [0] * len(files), classes=[], opener=open_as_seen)
     images, names = Transformed(split, data.eval_transform, data.mode), _Names(attention)
 
     def read(index: int) -> "Tensor | Broken":

@@ -90,7 +90,6 @@ def of_weights(name: str, source: str, knobs: Mapping[str, Any]) -> Trained:
     size: Any = sizes[0] if sizes else OmegaConf.load(CONF / "model" / f"{name}.yaml").image_size
     classes: Any = model.num_classes
     data = ImageDataModule(image_size=size, in_chans=knobs.get("in_chans", 3), num_classes=classes, **loaded.preprocessing)
-    data.as_seen = True  # no data set says otherwise
     imagenet = loaded.published is not None and classes == 1000
     names = _imagenet().label_names() if imagenet else None
     return Trained(loaded.name, model, data, name, _about(loaded), names, published=loaded.published if imagenet else None)
