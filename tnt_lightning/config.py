@@ -4,6 +4,7 @@ The ablation knobs are top-level keys, because that is how they are swept; a mod
 them on to the model.
 """
 
+import functools
 import re
 import shlex
 import sys
@@ -28,9 +29,15 @@ PUBLICATION = ("mean", "std", "crop_pct", "interpolation", "drop_path_rate", "cl
 KEYS = (*SECTIONS, *OF_SOME_MODELS, "image_size", "seed", "weights", "resume")
 
 
+@functools.cache
+def _packaged(name: str) -> Any:
+    """A file of conf/, to look at: to read it takes as long as all that is checked in it."""
+    return OmegaConf.load(CONF / name)
+
+
 def models_with(knob: str) -> list[str]:
     """The models of conf/model/ that have a knob."""
-    return sorted(path.stem for path in (CONF / "model").glob("*.yaml") if knob in OmegaConf.load(path))
+    return sorted(path.stem for path in (CONF / "model").glob("*.yaml") if knob in _packaged(f"model/{path.name}"))
 
 
 def keys_of(config: Any, prefix: str = "") -> Iterator[str]:
@@ -98,10 +105,10 @@ def _refuse_missing_keys(config: DictConfig) -> None:
     """What `~KEY` took away, or a file of one's own did not set."""
     needed = {
         "model": ["_target_"],
-        "data": ["_target_", "num_classes", *map(str, OmegaConf.load(CONF / "data" / "_shared.yaml"))],
+        "data": ["_target_", "num_classes", *map(str, _packaged("data/_shared.yaml"))],
         "optimizer": ["opt", "lr", "weight_decay"],
-        "recipe": [*map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))],
-        "trainer": [*map(str, OmegaConf.load(CONF / "trainer" / "default.yaml"))],
+        "recipe": [*map(str, _packaged("recipe/imagenet.yaml"))],
+        "trainer": [*map(str, _packaged("trainer/default.yaml"))],
         "checkpoint": ["every_n_steps"],
         "faults": ["nonfinite", "nonfinite_in_a_row", "timeout_s"],
         "compute": ["compile", "channels_last", "tf32"],
@@ -121,16 +128,16 @@ def _refuse_missing_keys(config: DictConfig) -> None:
 
 def _refuse_unknown_keys(config: DictConfig) -> None:
     """Of the sections that are read here; models, data sets, optimizers and the Trainer know their own arguments."""
-    whole: Any = OmegaConf.load(CONF / "config.yaml")
+    whole = _packaged("config.yaml")
     logger = f"{config.logger.name}.yaml" if config.logger.get("name") in ("csv", "none") else "wandb.yaml"
     readers = {
         "": KEYS,
-        "recipe.": tuple(map(str, OmegaConf.load(CONF / "recipe" / "imagenet.yaml"))),
+        "recipe.": tuple(map(str, _packaged("recipe/imagenet.yaml"))),
         "recipe.augmentation.": AUGMENTATIONS,
         "publication.": PUBLICATION,
         "data.augmentation.": AUGMENTATIONS,
         **{f"{name}.": tuple(map(str, whole[name])) for name in ("checkpoint", "faults", "compute")},
-        "logger.": tuple(map(str, OmegaConf.load(CONF / "logger" / logger))),
+        "logger.": tuple(map(str, _packaged(f"logger/{logger}"))),
     }
     for section, known in readers.items():
         node = OmegaConf.select(config, section.rstrip(".")) if section else config
