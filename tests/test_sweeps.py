@@ -240,7 +240,18 @@ def test_other_code_is_said(tmp_path):
 
     git("init", "--quiet")
     git("add", ".")
+    git("commit", "--quiet", "--message=none")
+    zeroth = git("rev-parse", "--short=12", "HEAD")
+    sweep = Sweep(here, *seeds)
+    sweep.trained("seed=0")
+    (here / "tnt_lightning" / "errors.py").open("a").write("\n")
+    (here / "conf" / "README.md").write_text("of no use\n")
+    git("add", ".", ":!sweep")
     git("commit", "--quiet", "--message=one")
+    sweep.ended(0)
+    results = [runs.result_of(sweep.folder / f"seed={seed}")["commit"] for seed in (0, 1)]
+    assert results == [zeroth, zeroth + "+"], "the code that they are forks of; the second reads other files beside it"
+    shutil.rmtree(sweep.folder)
     first = git("rev-parse", "--short=12", "HEAD") + "+"
     with (here / "tnt_lightning" / "__init__.py").open("a") as stream:
         stream.write("\n")

@@ -53,6 +53,7 @@ def command(
         @functools.wraps(task)
         def job(config: DictConfig) -> Any:
             begun.append(True)
+            runs.commit()  # of the code that runs, before it is another
             try:
                 resolve(config, config_name)
                 return task(config)

@@ -6,6 +6,7 @@ What is stored is tensors and plain data. A run with a result.json is finished; 
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
@@ -25,6 +26,8 @@ from tnt_lightning.errors import UserError
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "torchmetrics", "hydra-core", "numpy", "pillow", "wandb")
 CLASSES = "classes.json"
+ROOT = Path(__file__).parents[1]  # of the checkout
+PROGRAM = ("tnt_lightning", "hydra_plugins", "conf")  # in it
 LARGEST = 10_000  # values in a configuration; one of ours has a hundred
 
 
@@ -255,14 +258,24 @@ def origin() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def commit() -> str | None:
-    """The checkout's commit, with a + where tracked files differ from it; None outside a checkout."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
+    """Of the code that this process runs, as it was when it first asked: at the end of a long run something else may be checked out.
+    With a + where files that make up the program differ from it; None outside a checkout."""
+    head = checked_out()
+    return None if head is None else head + ("" if _git("diff", "--quiet", head, "--", *PROGRAM) is not None else "+")
+
+
+@functools.cache
+def checked_out() -> str | None:
+    """The checkout's commit, as it was when this process, or the one that it is a fork of, first asked."""
+    return _git("rev-parse", "--short=12", "HEAD") if (ROOT / ".git").exists() else None
+
+
+def _git(*line: str) -> str | None:
+    """What git prints; None where it fails."""
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=12"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", str(ROOT), *line], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -29,6 +29,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tnt_lightning import runs
+
 COMMAND = "tnt_lightning.train"
 PRELOADED = ("lightning", "wandb", "hydra.main", "tnt_lightning.build", "tnt_lightning.dashboard", "tnt_lightning.evaluate",
              "tnt_lightning.ranks", "tnt_lightning.show", "tnt_lightning.signals", "tnt_lightning.config")  # fmt: skip
@@ -53,6 +55,7 @@ def main() -> None:
     if sys.argv[1] == "fork":
         for name in PRELOADED:
             importlib.import_module(name)
+        runs.checked_out()  # of now is the code that jobs are forks of
         threads = len(os.listdir("/proc/self/task"))
         if threads == 1:
             Forks().serve()
