@@ -18,8 +18,8 @@ from .conftest import INTERPRETED
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 SHAPES = {  # words, channels, heads, hidden units
-    "tnt_ti": (16, 12, 2, 48), "tnt_s": (16, 24, 4, 96), "tnt_b": (16, 40, 4, 160), "heads_1": (16, 24, 1, 96), "uneven": (16, 20, 5, 50),
-    "heads_8": (16, 24, 8, 96), "words_64": (64, 6, 2, 24), "words_4": (4, 96, 4, 384), "digits": (4, 24, 2, 96), "words_1": (1, 48, 2, 192),
+    "tnt_ti": (16, 12, 2, 48), "tnt_s": (16, 24, 4, 96), "tnt_b": (16, 40, 4, 160), "heads_1": (16, 24, 1, 96), "heads_8": (16, 24, 8, 96),
+    "words_64": (64, 6, 2, 24), "words_4": (4, 96, 4, 384), "words_1": (1, 48, 2, 192), "digits": (4, 24, 2, 96), "uneven": (16, 20, 5, 50),
 }  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXACT = 1e-5 if INTERPRETED else 5e-3  # of float32: the interpreter has no TF32, of which a GPU's products are
@@ -88,9 +88,9 @@ def gradients(block, given, dtype, device, parameters_dtype=None, **eps):
 
 
 def off(found, wanted):
-    """The largest error of each, as a share of the largest value."""
+    """The largest error of each, as a share of the largest value; infinite for what is no number, which max() might pass over."""
     return {
-        name: ((found[name].double().cpu() - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
+        name: ((found[name].double().cpu() - value).abs().max() / value.abs().max().clamp(min=1e-3)).nan_to_num(torch.inf).item()
         for name, value in wanted.items()
     }
 
@@ -117,7 +117,7 @@ def test_every_pair_of_shape_type_and_size(shape, dtype, tiles):
     given = drawn(shape, -(-words // m), words, dtype)
     wanted = gradients(layers, given, torch.float64, "cpu")
     errors = off(gradients(fused, given, dtype, DEVICE), wanted)
-    assert max(errors.values()) < {torch.float32: EXACT, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype], errors
+    assert max(errors.values()) < {torch.float32: EXACT, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype], errors
 
 
 @pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "whole"])
