@@ -166,10 +166,10 @@ def test_they_are_right_in_tritons_interpreter():
     """In a process of its own: Triton asks for TRITON_INTERPRET when it is imported, which torch may have done here."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment = {**kept, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-m", "not slow", "-p", "no:cacheprovider", str(HERE / "kernels")]
+    line = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", str(HERE / "kernels")]
     done = subprocess.run(line, cwd=HERE.parent, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 50, done.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 80, done.stdout[-500:]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tests.conftest import train
 from tnt_lightning import create_model, load_run, load_weights, runs
+from tnt_lightning.errors import UserError
 from tnt_lightning.kernels import inner
 from tnt_lightning.kernels.inner_triton import LAUNCHES, Shape
 
@@ -293,7 +294,7 @@ def test_it_is_the_fused_operator_that_runs():
     assert counts["tnt_lightning::inner_block"] == counts["tnt_lightning::inner_block_backward"] == SMALL["depth"]
 
 
-def test_maps_hooks_and_exports_are_of_the_layers():
+def test_maps_and_exports_are_of_the_layers():
     layers, fused, images = pair()
     layers.eval()
     fused.eval()
@@ -305,11 +306,25 @@ def test_maps_hooks_and_exports_are_of_the_layers():
     for program in (torch.export.export(fused, (images,)).module(), torch.fx.symbolic_trace(fused), traced):
         assert "inner_block" not in str(program.graph)
         torch.testing.assert_close(program(images), layers(images))
-    widths = []
-    auto = create_model("tnt_s", **SMALL).to(DEVICE).eval()
-    auto.blocks[0].inner.attn.register_forward_hook(lambda module, given, out: widths.append(out.shape[-1]))
-    auto(images)
-    assert widths == [24]
+
+
+class Adapted(torch.nn.Linear):
+    """Stands for what fine-tuning puts in the place of a layer."""
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda attn: attn.register_forward_hook(lambda *seen: None), "its layers have hooks"),
+        (lambda attn: setattr(attn, "proj", Adapted(24, 24, device=DEVICE)), "its linear layers are others than torch's"),
+    ],
+    ids=["hook", "layer"],
+)
+def test_layers_that_were_changed_are_not_passed_over(change, why):
+    _, fused, images = pair()
+    change(fused.blocks[0].inner.attn)
+    with pytest.raises(UserError, match=f"^kernel=triton: {why}"):
+        fused(images)
 
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])

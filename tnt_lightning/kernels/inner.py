@@ -235,7 +235,7 @@ def _backward(ctx, grad_out, _):
     grad_words, flat = _inner_block_backward(grad_out, words, middle, parameters, attn_scale, mlp_scale, ctx.num_heads, ctx.eps, ctx.dtype)
     like = Parameters(*parameters)._asdict()
     pieces = flat.split([like[name].numel() for name in _GRADIENTS])
-    gradients = {name: piece.view_as(like[name]).to(like[name].dtype) for name, piece in zip(_GRADIENTS, pieces, strict=True)}
+    gradients = {name: piece.view_as(like[name]) for name, piece in zip(_GRADIENTS, pieces, strict=True)}  # torch casts, where it has to
     return grad_words, [gradients[name] for name in Parameters._fields], None, None, None, None, None, None
 
 
