@@ -1,7 +1,7 @@
-"""The inner block, the transformer among the words of a patch, as one function: fused by Triton where that can be, eager elsewhere.
+"""The inner block, the transformer among the words of a patch, in one operation: where that can be (`fuses`), and the operation (`fused`).
 
-Eagerly it is some fifteen operations on a few channels, each of which reads and writes all words, and that traffic is what TNT's time
-goes to on a GPU; fused it reads and writes the words once. Shapes: words (patches, m, c); all patches of a batch are one dimension.
+Layer by layer it is some fifteen operations on a few channels, each of which reads and writes all words, and that traffic is what TNT's
+time goes to on a GPU; fused it reads and writes the words once. Shapes: words (patches, m, c); all patches of a batch are one dimension.
 """
 
 import functools
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tnt_lightning.errors import UserError
@@ -40,70 +39,29 @@ class Parameters(NamedTuple):
     fc2_b: Tensor
 
 
-def inner_block(
-    words: Tensor,
-    parameters: Parameters,
-    *,
-    num_heads: int,
-    eps: float = 1e-5,
-    attn_scale: Tensor | None = None,
-    mlp_scale: Tensor | None = None,
-    kernel: str = "auto",
-) -> Tensor:
-    """A pre-norm transformer block over words (patches, m, c) -> (patches, m, c), each patch by itself (paper, Eq. 6 and 7).
-
-    attn_scale, mlp_scale: (patches,), what the two residual branches are multiplied by: stochastic depth
-    kernel: "auto", "eager" or "triton", as in `fuses`, which says when the fused kernels run
-    """
-    if fuses(words, num_heads=num_heads, hidden=parameters.fc1_w.shape[0], weights=parameters.fc1_w.dtype, kernel=kernel):
-        return fused(words, parameters, num_heads=num_heads, eps=eps, attn_scale=attn_scale, mlp_scale=mlp_scale)
-    return reference(words, parameters, num_heads=num_heads, eps=eps, attn_scale=attn_scale, mlp_scale=mlp_scale)
-
-
-def reference(
-    words: Tensor,
-    parameters: Parameters,
-    *,
-    num_heads: int,
-    eps: float = 1e-5,
-    attn_scale: Tensor | None = None,
-    mlp_scale: Tensor | None = None,
-) -> Tensor:
-    """As `inner_block`, by torch's operations, on any device and in any dtype."""
-    p, (n, m, c) = parameters, words.shape
-
-    def scaled(branch: Tensor, scale: Tensor | None) -> Tensor:
-        return branch if scale is None else branch * scale[:, None, None].to(branch.dtype)
-
-    a = F.layer_norm(words, (c,), p.norm1_w, p.norm1_b, eps)
-    q, k = F.linear(a, p.qk_w).reshape(n, m, 2, num_heads, c // num_heads).permute(2, 0, 3, 1, 4).unbind(0)
-    v = F.linear(a, p.v_w).reshape(n, m, num_heads, c // num_heads).transpose(1, 2)
-    attn = ((q @ k.transpose(-2, -1)) * (c // num_heads) ** -0.5).softmax(dim=-1)
-    attended = F.linear((attn @ v).transpose(1, 2).reshape(n, m, c), p.proj_w, p.proj_b)
-    words = words + scaled(attended, attn_scale)
-    a = F.layer_norm(words, (c,), p.norm2_w, p.norm2_b, eps)
-    return words + scaled(F.linear(F.gelu(F.linear(a, p.fc1_w, p.fc1_b)), p.fc2_w, p.fc2_b), mlp_scale)
-
-
 # ---- the choice
 
 
 def fuses(words: Tensor, *, num_heads: int, hidden: int, weights: torch.dtype, kernel: str, otherwise: Callable[[], str] = str) -> bool:
-    """Whether the fused kernels compute this block: never by kernel=eager, by auto where they can (else the log says why not, once).
+    """Whether `fused` computes this block: by kernel="auto" where it can, by "triton" always, or a UserError says why it cannot.
 
     hidden: units of the MLP's hidden layer; weights: the dtype of the parameters; otherwise: what else the caller has against it, or ""
-    UserError where kernel=triton asks for what they cannot do. What is recorded is eager.
+    Where a GPU is left unused by auto, the log says why, once; without a GPU there is nothing to say.
     """
-    if kernel == "eager" or is_recorded(words):
+    asked, kind = kernel == "triton", words.device.type
+    if kind == "cuda" or (asked and INTERPRETED and kind == "cpu"):
+        why = otherwise() or _why_not(words, num_heads, hidden, weights)
+    elif asked:
+        why = f"the words are on the device {kind}, and the fused kernels are for NVIDIA's GPUs"
+    else:
         return False
-    why = _no_device(words, asked=kernel == "triton") or otherwise() or _why_not(words, num_heads, hidden, weights)
     if why:
-        _refuse(why) if kernel == "triton" else _say(why)
+        _refuse(why) if asked else _say(why)
     return not why
 
 
 def is_recorded(words: Tensor) -> bool:
-    """Whether operations are only exported, traced or counted (meta tensors)."""
+    """Whether operations are only exported, traced or counted (meta tensors): then they are those of the layers."""
     return isinstance(words, torch.fx.Proxy) or words.is_meta or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
@@ -122,13 +80,6 @@ def misfit(*, num_words: int, dim: int, num_heads: int, hidden: int) -> str:
     if hidden > 4 * dim:
         return f"{hidden} hidden units in the MLP, and the fused kernels take up to four for each of the {dim} channels"
     return ""
-
-
-def _no_device(words: Tensor, *, asked: bool) -> str:
-    kind = words.device.type
-    if kind == "cuda" or (asked and INTERPRETED and kind == "cpu"):
-        return ""
-    return f"the words are on the device {kind}, and the fused kernels are for NVIDIA's GPUs"
 
 
 def _why_not(words: Tensor, num_heads: int, hidden: int, weights: torch.dtype) -> str:
@@ -225,7 +176,11 @@ def fused(
     attn_scale: Tensor | None = None,
     mlp_scale: Tensor | None = None,
 ) -> Tensor:
-    """As `inner_block`, by the fused kernels, where `fuses` says that they can. Both scales or neither."""
+    """A pre-norm transformer block over words (patches, m, c) -> (patches, m, c), each patch by itself (paper, Eq. 6 and 7).
+
+    Differentiable in words and parameters, where `fuses` says that it can be computed. Products are in autocast's type, sums in float32.
+    attn_scale, mlp_scale: (patches,) in float32, what the two residual branches are multiplied by (stochastic depth); both or neither
+    """
     needs_grad = torch.is_grad_enabled() and (words.requires_grad or any(p.requires_grad for p in parameters))
     parameters_ = [parameter.contiguous() for parameter in parameters]
     return _inner_block(words.contiguous(), parameters_, attn_scale, mlp_scale, num_heads, eps, _products(words), needs_grad)[0]
@@ -280,7 +235,7 @@ def _backward(ctx, grad_out, _):
     grad_words, flat = _inner_block_backward(grad_out, words, middle, parameters, attn_scale, mlp_scale, ctx.num_heads, ctx.eps, ctx.dtype)
     like = Parameters(*parameters)._asdict()
     pieces = flat.split([like[name].numel() for name in _GRADIENTS])
-    gradients = {name: piece.view_as(like[name]).to(like[name].dtype) for name, piece in zip(_GRADIENTS, pieces, strict=True)}
+    gradients = {name: piece.view_as(like[name]) for name, piece in zip(_GRADIENTS, pieces, strict=True)}  # torch casts, where it has to
     return grad_words, [gradients[name] for name in Parameters._fields], None, None, None, None, None, None
 
 

@@ -244,8 +244,8 @@ class TNT(ClassTokenBackbone):
     drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first
     global_pool: "token" (the class token), "avg" (mean of the sentences) or "" (no pooling: logits for each token)
     kernel: how the inner transformers are computed, no part of the network. "eager": layer by layer; "triton": each in one fused kernel
-    for NVIDIA's GPUs (bf16, fp16, TF32), UserError where that cannot be; "auto": fused where it can be, else layer by layer, and the
-    log says why once. Attention maps, dropout, qkv_bias, and what is exported or scripted are always layer by layer.
+    for NVIDIA's GPUs (bf16, fp16, TF32), UserError where that cannot be; "auto": fused where it can be, else layer by layer, and on a
+    GPU the log says why once. Attention maps, dropout, qkv_bias, and what is exported or scripted are always layer by layer.
 
     The class keeps timm's contract for backbones, so timm's tools work on it. ValueError, with values that would do,
     for knobs that do not fit each other.
