@@ -15,6 +15,9 @@ from tnt_lightning import CONF, runs
 from tnt_lightning.build import build_data
 from tnt_lightning.config import check_values, of_run
 from tnt_lightning.data import ImageDataModule
+from tnt_lightning.data.images import open_as_seen, open_image
+from tnt_lightning.data.module import Transformed
+from tnt_lightning.data.splits import Files
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import create_model
 from tnt_lightning.models.weights import load_run, load_weights
@@ -41,6 +44,11 @@ class Trained(NamedTuple):
     def named(self, label: int) -> str:
         """The name of a class as a person reads it; its number where it has none."""
         return str(label) if self.classes is None else _described(self.classes[label])
+
+    def images(self, files: Sequence[str]) -> Transformed:
+        """(uint8 pixels (C, height, width), 0) of each, as evaluation prepares them. Asked for one, BrokenImage where it cannot be read."""
+        opener = open_as_seen if self.data.as_seen else open_image
+        return Transformed(Files(files, [0] * len(files), classes=[], opener=opener), self.data.eval_transform, self.data.mode)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
