@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import fcntl
 import json
 import os
 import select
@@ -31,13 +32,12 @@ class Browser:
         assert CHROMIUM is not None
         reads, their_writes = os.pipe()
         their_reads, writes = os.pipe()
-        # Chromium reads at 3 and writes at 4.
-        line = ["sh", "-c", f'exec "$@" 3<&{their_reads} 4>&{their_writes}', "sh", CHROMIUM, *QUIET, "--remote-debugging-pipe"]
-        self.process = subprocess.Popen(
-            [*line, f"--user-data-dir={profile}", "about:blank"], pass_fds=(their_reads, their_writes), stderr=subprocess.DEVNULL
-        )
-        os.close(their_reads)
-        os.close(their_writes)
+        # Chromium reads at 3 and writes at 4; above 10 neither is in the way.
+        theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (their_reads, their_writes)]
+        line = ["bash", "-c", f'exec "$@" 3<&{theirs[0]} 4>&{theirs[1]}', "bash", CHROMIUM, *QUIET, "--remote-debugging-pipe"]
+        self.process = subprocess.Popen([*line, f"--user-data-dir={profile}", "about:blank"], pass_fds=theirs, stderr=subprocess.DEVNULL)
+        for end in (their_reads, their_writes, *theirs):
+            os.close(end)
         self._reads, self._writes, self._left, self._number, self._within = reads, writes, b"", 0, within
         self.asked: list[str] = []
         self.said: list[str] = []
@@ -85,7 +85,9 @@ class Browser:
         while b"\0" not in self._left:
             if not select.select([self._reads], [], [], max(0, goal - time.monotonic()))[0]:
                 return None
-            self._left += os.read(self._reads, 1 << 20)
+            more = os.read(self._reads, 1 << 20)
+            assert more, f"Chromium ended ({self.process.poll()})"
+            self._left += more
         raw, self._left = self._left.split(b"\0", 1)
         message = json.loads(raw)
         match message.get("method"):
@@ -114,11 +116,11 @@ class Browser:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def until(self, expression: str, wanted: Callable[[Any], object] = bool) -> Any:
+    def until(self, expression: str, wanted: Callable[[Any], object] = bool, called: str = "as wanted") -> Any:
         """The value of an expression, when it is as wanted."""
         goal = time.monotonic() + self._within
         while not wanted(value := self.js(expression)):
-            assert time.monotonic() < goal, f"{expression} stays {value!r}"
+            assert time.monotonic() < goal, f"{expression} is not {called}: {value!r}"
             time.sleep(0.05)
         return value
 
@@ -143,7 +145,7 @@ class Browser:
 
     def press(self, *keys: str, shift: bool = False) -> None:
         for key in keys:
-            code, number, text = KEYS.get(key, (f"Digit{key}", ord(key), key))
+            code, number, text = KEYS.get(key, (f"Digit{key}", ord(key[:1]), key))
             pressed = dict(key=key, code=code, windowsVirtualKeyCode=number, modifiers=8 if shift else 0)
             self.call("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **pressed)
             self.call("Input.dispatchKeyEvent", type="keyUp", **pressed)
@@ -163,3 +165,9 @@ class Browser:
     def picture(self, file: Path, *, whole: bool = True) -> None:
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         file.write_bytes(base64.b64decode(answer["data"]))
+
+    def name(self) -> tuple[str, str]:
+        """(role, name) of what has the focus, as a screen reader says them."""
+        found = self.call("Runtime.evaluate", expression="document.activeElement")["result"]["objectId"]
+        node = self.call("Accessibility.getPartialAXTree", objectId=found, fetchRelatives=False)["nodes"][0]
+        return node.get("role", {}).get("value", ""), node.get("name", {}).get("value", "")

@@ -31,6 +31,8 @@ TRIES = 100  # ports that are looked at where none is given
 LARGEST = "64mb"  # of a file that is sent
 TOP = 5  # classes
 SAMPLES = 8
+# Of what Gradio answers, files by their path among it, the page needs this alone.
+API, OPEN = "/gradio_api/", ("upload", "queue/", "heartbeat/", "cancel", "reset")
 # Whatever Gradio's own files may ask for, a browser asks nobody but this server.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; frame-ancestors 'none'"
 
@@ -70,7 +72,7 @@ def _demo(words: list[str]) -> None:
             samples = sample_images(network)
         if not is_loopback(host):
             print(f"note   host={host}: everyone on the network can reach this page, and send images to this machine", file=sys.stderr)
-        serve(page(network, samples), listener)
+        serve(page(network, samples, Path(uploads).resolve()), listener)
 
 
 # ---- the server
@@ -125,12 +127,16 @@ def serve(blocks: "Blocks", listener: socket.socket) -> None:
 
 
 class Sealed:
-    """ASGI: each answer says that the page may ask nobody else for anything."""
+    """ASGI: answers what the page asks for, and tells a browser that the page may ask nobody else."""
 
     def __init__(self, app: Any):
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        if path.startswith(API) and not path.removeprefix(API).startswith(OPEN):
+            scope = {**scope, "path": "/no-such-page"}
+
         async def sealed(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
@@ -157,8 +163,11 @@ def sample_images(network: "Trained") -> "list[tuple[str, Tensor]]":
         return []
 
 
-def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks":
-    """Of one network. An image is held in memory, for the session of the browser that it came from."""
+def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: Path) -> "Blocks":
+    """Of one network. An image is held in memory, for the session of the browser that it came from.
+
+    uploads: the folder where Gradio puts files, which are removed as soon as they are read
+    """
     import gradio as gr
     import torch
 
@@ -178,13 +187,11 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks
     def normalised(pixels: Any) -> Any:
         return network.data.batch_transform(pixels[None].to(device), torch.zeros(1), training=False)[0]
 
-    def classes(pixels: Any) -> dict[str, float]:
+    def classes(pixels: Any) -> list[tuple[str, float]]:
+        """The most probable ones: (name, probability)."""
         with torch.inference_mode():
             best = model(normalised(pixels)).float().softmax(1)[0].topk(min(TOP, network.data.num_classes))
-        labels = best.indices.tolist()
-        names = [network.named(label) for label in labels]
-        names = [f"{name} ({label})" if names.count(name) > 1 else name for label, name in zip(labels, names, strict=True)]
-        return dict(zip(names, best.values.tolist(), strict=True))
+        return [(network.named(label), share) for label, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def looked(pixels: Any, *chosen: Any) -> list[Any]:
         """Figures, of a choice."""
@@ -196,17 +203,18 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks
 
     def shown(name: str, pixels: Any, *chosen: Any) -> list[Any]:
         """All that changes with an image: at first the patch to which the class token attends most is chosen."""
-        seen = classes(pixels)
-        best = max(seen, key=seen.__getitem__)
-        said = _status(f"{name}: most probably {best} ({100 * seen[best]:.1f} %)")
+        best = classes(pixels)
+        first = [_status(f"{name}: most probably {best[0][0]} ({100 * best[0][1]:.1f}%)"), pixels, _classes(best)]
         if not is_tnt:
-            return [said, pixels, seen, views.image(pixels)]
+            return [*first, views.image(pixels)]
         row, column = views.most_attended(model, normalised(pixels), int(chosen[0]))
         chosen = (*chosen[:3], row + 1, column + 1, *chosen[5:])
-        return [said, pixels, seen, row + 1, column + 1, *looked(pixels, *chosen)]
+        return [*first, row + 1, column + 1, *looked(pixels, *chosen)]
 
     def uploaded(file: str, *chosen: Any) -> list[Any]:
         name = Path(file).name
+        if not Path(file).resolve().is_relative_to(uploads):  # of another program than a browser
+            raise gr.Error("no such file")
         try:
             pixels = network.images([file])[0][0]  # type: ignore[index]
         except BrokenImage as error:
@@ -233,7 +241,11 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks
     # What it consists of.
 
     def whole(label: str, most: int, value: int = 1) -> gr.Slider:
-        return gr.Slider(1, most, value, step=1, label=label, visible=most > 1, buttons=[], min_width=140)
+        slider = gr.Slider(1, most, value, step=1, label=label, visible=most > 1, buttons=[], min_width=140)
+        # While a number is typed its field may be empty, or hold too much: Gradio would raise, and forget what is typed next. A method of
+        # the one slider, since Gradio writes a file beside the module of a subclass.
+        slider.preprocess = lambda payload: min(most, max(1, round(payload or 1)))  # type: ignore[method-assign]
+        return slider
 
     def head(label: str, count: int) -> gr.Dropdown:
         choices = [(f"mean of {count}", 0), *((f"head {one}", one) for one in range(1, count + 1))]
@@ -242,23 +254,24 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks
     def figure(name: str) -> gr.HTML:
         return gr.HTML(js_on_load=CHOSEN, apply_default_css=False, elem_id=name, elem_classes="figure")
 
+    kind = escape(type(model).__name__)
     # A path of this machine is nobody's business.
     source = f"{network.run.name}, {Path(network.source).name}" if network.run else Path(network.source).name
     with gr.Blocks(title=f"{source}: what it sees", analytics_enabled=False, delete_cache=(60, 60), fill_width=True) as blocks:
         state = gr.State(None)
-        gr.HTML(f"<h1>What a {escape(type(model).__name__)} sees</h1><p>Network: {escape(source)}</p>", elem_classes="title")
+        gr.HTML(f"<h1>What a {kind} sees</h1><p>Network: {escape(source)}.{HOW if is_tnt else ''}</p>", elem_classes="title")
         with gr.Row():
             with gr.Column(min_width=300):
                 upload = gr.File(label="Drop an image here, or choose a file", file_types=["image"], height=160)
                 if samples:
                     chooser = gr.HTML(_samples(samples), js_on_load=CHOSEN, apply_default_css=False)
                 status = gr.HTML(_status("No image yet."), apply_default_css=False)
-                label = gr.Label(label="Classes, with their probabilities", num_top_classes=TOP, show_heading=False)
+                listed = gr.HTML(apply_default_css=False)
             with gr.Column(min_width=300):
                 image = figure("image")
                 figures: list[Any] = [image]
                 if not is_tnt:
-                    gr.HTML(f"<p>Visual words are a TNT's: a {escape(type(model).__name__)} has none, so no attention is shown.</p>")
+                    gr.HTML(f"<p>Visual words are a TNT's: a {kind} has none, so no attention is shown.</p>")
             if is_tnt:
                 blocks_with_words = [one for one in model.blocks if hasattr(one, "inner")]
                 with gr.Column(min_width=300):
@@ -277,7 +290,7 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]") -> "Blocks
                         figures.append(figure(name))
             _, patch, token, word, words = figures
         controls: list[Any] = [block, outer_head, inner_head, row, column, word_row, word_column] if is_tnt else []
-        of_an_image = [status, state, label, *([row, column] if is_tnt else []), *figures]
+        of_an_image = [status, state, listed, *([row, column] if is_tnt else []), *figures]
         quiet: dict[str, Any] = dict(show_progress="minimal", api_visibility="private")
         upload.upload(uploaded, [upload, *controls], [upload, *of_an_image], **quiet)
         if samples:
@@ -308,6 +321,14 @@ def _status(said: str, *, alert: bool = False) -> str:
     return f'<p class="said" role="{"alert" if alert else "status"}">{escape(said)}</p>'
 
 
+def _classes(best: Sequence[tuple[str, float]]) -> str:
+    lines = [
+        f'<li><span>{escape(name)}</span><span>{100 * share:.1f}%</span><i style="width:{100 * share:.1f}%"></i></li>'
+        for name, share in best
+    ]
+    return f'<h2>Classes, with their probabilities</h2><ol class="classes">{"".join(lines)}</ol>'
+
+
 def _samples(samples: "Sequence[tuple[str, Tensor]]") -> str:
     from tnt_lightning.pictures import views
 
@@ -319,6 +340,7 @@ def _samples(samples: "Sequence[tuple[str, Tensor]]") -> str:
     return f'<div class="samples" role="group" aria-label="Sample images">{"".join(buttons)}</div>'
 
 
+HOW = " Click a patch or a word, or choose it by the fields. Red is much: a map goes from 0 to its own largest value."
 CHOSEN = """element.addEventListener('click', event => {
   const chosen = event.target.closest('[data-place]');
   if (chosen) trigger('select', {place: chosen.dataset.place});
@@ -327,10 +349,14 @@ STYLE = """
 .title h1{font-size:1.4rem;margin:0}
 .title p,.said,figcaption{overflow-wrap:anywhere}
 .figure figure{margin:0 auto;max-width:34rem}
-.figure h2{font-size:1rem;font-weight:600;margin:.25rem 0 .5rem}
+.html-container h2{font-size:1rem;font-weight:600;margin:.25rem 0 .5rem}
 .figure figcaption{margin:.5rem 0;font-size:.9rem}
 .said{margin:.25rem 0}
 .said[role=alert]{padding:.5rem .75rem;border-left:4px solid #d33;background:#d332}
+.classes{list-style:none;margin:0;padding:0}
+.classes li{display:grid;grid-template-columns:1fr auto;gap:0 1rem;margin:.4rem 0}
+.classes span{overflow-wrap:anywhere}
+.classes i{height:.35rem;min-width:1px;border-radius:.2rem;background:#f97316;grid-column:1/-1}
 .samples{display:flex;flex-wrap:wrap;gap:.4rem}
 .samples button{padding:2px;border:2px solid #8886;border-radius:.3rem}
 .samples img{display:block;width:3.25rem;height:3.25rem;object-fit:contain}

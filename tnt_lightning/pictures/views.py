@@ -111,7 +111,7 @@ def _most(attention: Tensor) -> str:
 
 
 def _percent(share: Any) -> str:
-    return f"{100 * max(0.0, float(share)):.1f} %"
+    return f"{100 * max(0.0, float(share)):.1f}%"
 
 
 def _place(place: Grid) -> str:
