@@ -98,7 +98,7 @@ def listening(host: str, port: str | None) -> socket.socket:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise UserError(f"host={host}: not an address of this machine; {HOST} is for it alone, 0.0.0.0 for the network") from None
             if port is not None:
-                why = error.strerror or error
+                why = os.strerror(error.errno) if error.errno else error
                 raise UserError(f"port={port}: cannot be had ({why}); choose another, or leave port= out for a free one") from None
     raise UserError(f"none of the ports {PORT} to {PORT + TRIES - 1} is free; port=N names another")
 
@@ -113,17 +113,18 @@ def serve(blocks: "Blocks", listener: socket.socket) -> None:
     from tnt_lightning.pictures import views
 
     host, port = listener.getsockname()
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    closed: dict[str, Any] = dict(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(**closed)
     app.add_middleware(Sealed)
     if is_loopback(host):  # a page elsewhere whose name leads here would otherwise be answered
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[host, "localhost"])
     gradio.mount_gradio_app(
         app, blocks, path="/", css=STYLE + views.STYLE, max_file_size=LARGEST, footer_links=[], run_history=False, show_error=True,
-        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
+        ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False, app_kwargs=closed,
     )  # fmt: skip
     print(f"page   http://{HOST if host == '0.0.0.0' else host}:{port} (Ctrl-C ends it)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-    server.run(sockets=[listener])
+    # An open page keeps a connection, and to end that is an error by the server's log.
+    uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1)).run(sockets=[listener])
 
 
 class Sealed:
@@ -213,8 +214,6 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
 
     def uploaded(file: str, *chosen: Any) -> list[Any]:
         name = Path(file).name
-        if not Path(file).resolve().is_relative_to(uploads):  # of another program than a browser
-            raise gr.Error("no such file")
         try:
             pixels = network.images([file])[0][0]  # type: ignore[index]
         except BrokenImage as error:
@@ -222,6 +221,12 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         finally:
             Path(file).unlink(missing_ok=True)
         return [None, *shown(name, pixels, *chosen)]
+
+    async def received(file: Any) -> str:
+        """Of a mounted page Gradio would take any file of this machine that a request names, or fetch an address."""
+        if not Path(file).resolve().is_relative_to(uploads):
+            raise gr.Error("no such file was sent")
+        return str(file)
 
     def sampled(event: gr.EventData, *chosen: Any) -> list[Any]:
         name, pixels = samples[_place(event, (len(samples),))[0]]
@@ -263,6 +268,7 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         with gr.Row():
             with gr.Column(min_width=300):
                 upload = gr.File(label="Drop an image here, or choose a file", file_types=["image"], height=160)
+                upload.async_move_resource_to_block_cache = received  # type: ignore[method-assign, assignment]
                 if samples:
                     chooser = gr.HTML(_samples(samples), js_on_load=CHOSEN, apply_default_css=False)
                 status = gr.HTML(_status("No image yet."), apply_default_css=False)
@@ -286,7 +292,7 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         if is_tnt:
             with gr.Row():
                 for name in ("patch", "token", "word", "words"):
-                    with gr.Column(min_width=240):
+                    with gr.Column(min_width=200):
                         figures.append(figure(name))
             _, patch, token, word, words = figures
         controls: list[Any] = [block, outer_head, inner_head, row, column, word_row, word_column] if is_tnt else []
