@@ -19,7 +19,7 @@ FLOORS = [  # a module may import from its own floor and the ones before
     {"cli", "zygote"},
     {"sweep", "results", "trained"},
     {"charts", "clusters", "workspace"},
-    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "predict", "export", "figures"},
+    {"train", "evaluate", "verify", "prepare", "benchmark", "report", "speed", "tables", "predict", "export", "figures", "demo"},
 ]
 ALLOWED = {  # heavy or framework packages, and the only rooms that may know them
     "hydra": {"cli", "train", "evaluate", "verify", "prepare", "benchmark", "figures"},
@@ -43,6 +43,9 @@ ALLOWED = {  # heavy or framework packages, and the only rooms that may know the
     "wandb": {"dashboard", "workspace"},
     "wandb_workspaces": {"workspace"},
     "plotly": {"charts"},
+    "gradio": {"demo"},
+    "fastapi": {"demo"},
+    "uvicorn": {"demo"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
     "matplotlib": {"speed", "pictures"},

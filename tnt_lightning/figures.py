@@ -189,17 +189,15 @@ def _named(words: Sequence[str]) -> list[str]:
 
 
 def photos(trained: "Trained", files: Sequence[str]) -> Found:
-    """As a person sees them, then as evaluation prepares images. BrokenImage, which names the file, for one that cannot be read."""
     import torch
 
-    from tnt_lightning.data.images import decoded, open_as_seen
-
-    data = trained.data
+    images = trained.images(files)
 
     def take(places: Sequence[int]) -> "Tensor":
-        return torch.stack([data.eval_transform(decoded(open_as_seen(files[place])).convert(data.mode)) for place in places])
+        return torch.stack([images[place][0] for place in places])  # type: ignore[index]
 
-    return Found(take, [_short(Path(file).stem) for file in files], None, [trained.named(label) for label in range(data.num_classes)])
+    names = [trained.named(label) for label in range(trained.data.num_classes)]
+    return Found(take, [_short(Path(file).stem) for file in files], None, names)
 
 
 def own_images(trained: "Trained") -> Found:

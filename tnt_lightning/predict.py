@@ -139,14 +139,11 @@ def predict(
     """
     import torch
 
-    from tnt_lightning.data.images import BrokenImage, open_as_seen
-    from tnt_lightning.data.module import Transformed
-    from tnt_lightning.data.splits import Files
+    from tnt_lightning.data.images import BrokenImage
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, data = trained.model.to(device), trained.data
-    split = Files(files, [0] * len(files), classes=[], opener=open_as_seen)
-    images, names = Transformed(split, data.eval_transform, data.mode), _Names(attention)
+    images, names = trained.images(files), _Names(attention)
 
     def read(index: int) -> "Tensor | Broken":
         try:

@@ -16,6 +16,9 @@ from tnt_lightning import CONF, runs
 from tnt_lightning.build import build_data
 from tnt_lightning.config import of_run_changed
 from tnt_lightning.data import ImageDataModule
+from tnt_lightning.data.images import open_as_seen
+from tnt_lightning.data.module import Transformed
+from tnt_lightning.data.splits import Files
 from tnt_lightning.errors import UserError
 from tnt_lightning.models import build_model, create_model
 from tnt_lightning.models.weights import Weights, load_run, load_weights
@@ -45,6 +48,11 @@ class Trained(NamedTuple):
     def named(self, label: int) -> str:
         """The name of a class as a person reads it; its number where it has none."""
         return str(label) if self.classes is None else described(self.classes[label])
+
+    def images(self, files: Sequence[str]) -> Transformed:
+        """(uint8 pixels (C, height, width), 0) of each: as a person sees them, turned as the camera says, and then prepared as evaluation
+        does it. Asked for one, BrokenImage, which names the file, where it cannot be read."""
+        return Transformed(Files(files, [0] * len(files), classes=[], opener=open_as_seen), self.data.eval_transform, self.data.mode)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

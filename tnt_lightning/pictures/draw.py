@@ -240,7 +240,7 @@ def _class_attention(model: TNT, images: Images, seen: Explanation) -> Picture:
         number="7",
         title="Figure 7: attention of the class token",
         caption=f"What the class token attends to among the patches, over the image, in blocks {_listed(by_block)}: the mean over heads. "
-        f"Light is much; each map goes from 0 to its own largest value.{_unread(model)}",
+        f"Light is much; each map goes from 0 to its own largest value.{unread(model)}",
         alt=f"{len(rows)} images, beside each a map by block of what the class token attends to.",
         figure=_sheet("Figure 7: attention of the class token to the patches", ["image", *(f"block {n}\nmean" for n in by_block)], rows),
     )
@@ -261,13 +261,14 @@ def _class_attention_by_head(model: TNT, images: Images, seen: Explanation) -> P
         number="7",
         title="Figure 7: attention of the class token, by head",
         caption=f"The same of one image, {images.names[0]}, by block and head ({_counted(shown, heads)}). Light is much; each map goes "
-        f"from 0 to its own largest value.{_unread(model)}",
+        f"from 0 to its own largest value.{unread(model)}",
         alt=f"One image, under maps of what the class token attends to: a row for each block, a column for each of {shown} heads.",
         figure=_sheet("Figure 7: attention of the class token, by head", [f"head {head + 1}" for head in range(shown)], rows),
     )
 
 
-def _unread(model: TNT) -> str:
+def unread(model: TNT) -> str:
+    """A sentence more about the class token, where nothing reads it."""
     return "" if model.global_pool == "token" else " This network's head reads the patches, not the class token."
 
 
