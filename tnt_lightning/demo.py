@@ -246,10 +246,10 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
     # What it consists of.
 
     def whole(label: str, most: int, value: int = 1) -> gr.Slider:
-        slider = gr.Slider(1, most, value, step=1, label=label, visible=most > 1, buttons=[], min_width=140)
+        slider: Any = gr.Slider(1, most, value, step=1, label=label, visible=most > 1, buttons=[], min_width=140)
         # While a number is typed its field may be empty, or hold too much: Gradio would raise, and forget what is typed next. A method of
         # the one slider, since Gradio writes a file beside the module of a subclass.
-        slider.preprocess = lambda payload: min(most, max(1, round(payload or 1)))  # type: ignore[method-assign]
+        slider.preprocess = lambda payload: min(most, max(1, round(payload or 1)))
         return slider
 
     def head(label: str, count: int) -> gr.Dropdown:
@@ -267,8 +267,8 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         gr.HTML(f"<h1>What a {kind} sees</h1><p>Network: {escape(source)}.{HOW if is_tnt else ''}</p>", elem_classes="title")
         with gr.Row():
             with gr.Column(min_width=300):
-                upload = gr.File(label="Drop an image here, or choose a file", file_types=["image"], height=160)
-                upload.async_move_resource_to_block_cache = received  # type: ignore[method-assign, assignment]
+                upload: Any = gr.File(label="Drop an image here, or choose a file", file_types=["image"], height=160)
+                upload.async_move_resource_to_block_cache = received
                 if samples:
                     chooser = gr.HTML(_samples(samples), js_on_load=CHOSEN, apply_default_css=False)
                 status = gr.HTML(_status("No image yet."), apply_default_css=False)
