@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
 from tnt_lightning import CONF, runs
-from tnt_lightning.config import OF_SOME_MODELS, as_sweep, keys_of, models_with
+from tnt_lightning.config import OF_SOME_MODELS, as_sweep, check_values, keys_of, models_with, of_run
 from tnt_lightning.errors import UserError, did_you_mean, one_line
 from tnt_lightning.faults import explained
 from tnt_lightning.schema import KINDS
@@ -353,6 +353,32 @@ def quoted(key: str, value: object) -> str:
     # A backslash is itself, but before a quote.
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value))
     return f"{key}='{escaped}'"
+
+
+def given_in(sections: tuple[str, ...], overrides: Sequence[str]) -> set[str]:
+    """The names of the keys of some sections that a command line sets: data.mean=... is mean."""
+    keys = (override.key_or_group.split(".") for override in OverridesParser.create().parse_overrides(list(overrides)))
+    return {key[-1] for key in keys if key[0] in sections}
+
+
+def of_run_changed(directory: Path, overrides: Sequence[str], sections: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of a run, in which overrides of some sections, and of the kernel, change values; checked as that of training is."""
+    config = of_run(directory)
+    OmegaConf.set_struct(config, True)
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        key = override.key_or_group
+        free = key == "kernel" or ("." in key and key.split(".")[0] in sections)
+        if not free or override.is_delete():
+            only = ", ".join(f"{section}.*" for section in sections)
+            raise UserError(f"{override.input_line}: of a finished run only {only} and kernel can be changed")
+        try:
+            for place in (key, "model.kernel") if key == "kernel" else (key,):
+                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
+        except OmegaConfBaseException:
+            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
+    check_values(config, "the run's")  # an older run may lack what came later
+    values: Any = OmegaConf.to_container(config)
+    return dict(values)
 
 
 def sweep_name() -> str:

@@ -8,11 +8,10 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -176,32 +175,6 @@ def plain(config: DictConfig) -> dict[str, Any]:
     for key in ("grid", "released", "publication"):  # facts about the model, not choices of this run
         values.pop(key, None)
     return values
-
-
-def given_in(sections: tuple[str, ...], overrides: Sequence[str]) -> set[str]:
-    """The names of the keys of some sections that a command line sets: data.mean=... is mean."""
-    keys = (override.key_or_group.split(".") for override in OverridesParser.create().parse_overrides(list(overrides)))
-    return {key[-1] for key in keys if key[0] in sections}
-
-
-def of_run_changed(directory: Path, overrides: Sequence[str], sections: tuple[str, ...]) -> dict[str, Any]:
-    """The configuration of a run, in which overrides of some sections, and of the kernel, change values; checked as that of training is."""
-    config = of_run(directory)
-    OmegaConf.set_struct(config, True)
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key = override.key_or_group
-        free = key == "kernel" or ("." in key and key.split(".")[0] in sections)
-        if not free or override.is_delete():
-            only = ", ".join(f"{section}.*" for section in sections)
-            raise UserError(f"{override.input_line}: of a finished run only {only} and kernel can be changed")
-        try:
-            for place in (key, "model.kernel") if key == "kernel" else (key,):
-                OmegaConf.update(config, place, override.value(), force_add=override.is_add())
-        except OmegaConfBaseException:
-            raise UserError(f"{override.input_line}: not a key of {directory / 'config.yaml'}, or not a value for it") from None
-    check_values(config, "the run's")  # an older run may lack what came later
-    values: Any = OmegaConf.to_container(config)
-    return dict(values)
 
 
 def as_sweep() -> str:

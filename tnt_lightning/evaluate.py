@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from tnt_lightning.cli import command
-from tnt_lightning.config import check, given_in, of_run_changed, refuse_keys_of_training
+from tnt_lightning.cli import command, given_in, of_run_changed
+from tnt_lightning.config import check, refuse_keys_of_training
 from tnt_lightning.errors import UserError
 
 if TYPE_CHECKING:

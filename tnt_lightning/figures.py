@@ -10,8 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tnt_lightning import runs, trees
-from tnt_lightning.cli import command
-from tnt_lightning.config import check, given_in, plain, refuse_keys_of_training
+from tnt_lightning.cli import command, given_in
+from tnt_lightning.config import check, plain, refuse_keys_of_training
 from tnt_lightning.errors import UserError
 from tnt_lightning.schema import NULL, TEXT, Kind, several, whole
 from tnt_lightning.schema import number as numeric

@@ -14,7 +14,7 @@ from torch import nn
 
 from tnt_lightning import CONF, runs
 from tnt_lightning.build import build_data
-from tnt_lightning.config import of_run_changed
+from tnt_lightning.cli import of_run_changed
 from tnt_lightning.data import ImageDataModule
 from tnt_lightning.data.images import open_as_seen
 from tnt_lightning.data.module import Transformed
