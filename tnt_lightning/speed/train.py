@@ -6,8 +6,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +65,13 @@ class Watch(L.Callback):
         done = batch_idx + 1 - WARM
         if done == 0:
             if self.bare is not None:
-                self.bare.seconds(range(WARM))
+                self.bare.seconds(WARM)
             self.actions.seconds.clear()
             self._begin()
         elif 0 < done <= self.steps and (done % TURN == 0 or done == self.steps):
             self._end()
             if self.bare is not None:
-                began = WARM + (done - 1) // TURN * TURN
-                self.bares += self.bare.seconds(range(began, WARM + done)) / self.steps
+                self.bares += self.bare.seconds((done - 1) % TURN + 1) / self.steps
             if done < self.steps:
                 self._begin()
             else:
@@ -129,27 +127,34 @@ class Actions(Profiler):
 
 
 class Bare:
-    """The same steps on the same images in a loop of a few lines: to the device, augmented there, forward, backward, optimizer."""
+    """The same steps in a loop of a few lines: images from a loader, to the device, augmented there, forward, backward, optimizer."""
 
-    def __init__(self, plan: dict[str, Any], here: Machine, steps: int):
+    def __init__(self, plan: dict[str, Any], here: Machine):
         L.seed_everything(plan["seed"], verbose=False)
         self.here, self.device = here, here.clock.device
         self.classifier = build_classifier(plan).to(self.device)
         speed_up(self.classifier, plan["compute"])
         self.data: ImageDataModule = build_data(plan)
         self.data.setup()
-        self.batches = list(islice(self.data.train_dataloader(), WARM + steps))
+        self.batches = self._load()
         self.clip = plan["trainer"]["gradient_clip_val"]
         self.optimizer = self.classifier.make_optimizer(fused=not (self.clip and here.precision.endswith("-mixed")))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=here.dtype == torch.float16)
 
-    def seconds(self, steps: range) -> float:
-        """Of these steps together."""
+    def seconds(self, steps: int) -> float:
+        """Of the next steps together, without waiting for images; a loader that works in this process leaves the caches as cold here."""
         self.classifier.train()
-        began = self.here.clock.now()
-        for number in steps:
-            self._step(self.batches[number])
-        return self.here.clock.now() - began
+        began, waiting = self.here.clock.now(), 0.0
+        for _ in range(steps):
+            asked = self.here.clock.raw()
+            batch = next(self.batches)
+            waiting += self.here.clock.raw() - asked
+            self._step(batch)
+        return self.here.clock.now() - began - waiting
+
+    def _load(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            yield from self.data.train_dataloader()
 
     def _step(self, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
         images, targets = self.data.batch_transform(*(part.to(self.device, non_blocking=True) for part in batch), training=True)
@@ -178,7 +183,7 @@ def measure(config: dict[str, Any]) -> list[Row]:
     times: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
         plan = _plan(config, here, Path(folder), progress)
-        bare = Bare(plan, here, config["steps"])
+        bare = Bare(plan, here)
         for turn in progress.track(range(config["rounds"]), description="rounds"):
             both, alone = Watch(here, config["steps"], bare), Watch(here, config["steps"])
             for number, watch in enumerate((both, alone)):
