@@ -222,6 +222,9 @@ def test_photos_are_prepared_as_the_runs_images_are(run, tmp_path):
     """A file of a digit is drawn as the digit itself is; of photos without labels, colours are what the network takes them for."""
     subject = trained.of_a_run(run)
     own = figures.own_images(subject)
+    assert list(own.classes) == subject.classes == list("0123456789")
+    renamed = subject._replace(classes=[f"n{digit}" for digit in range(10)])  # as classes.json may have them
+    assert figures.own_images(renamed).classes[3] == figures.photos(renamed, []).classes[3] == "n3"
     for place in range(9):
         image = subject.data.parts.test[place][0]
         image.save(tmp_path / f"digit {place}.png")
@@ -274,6 +277,7 @@ def test_a_network_without_words_has_the_other_figures(drawn, tmp_path):
         (["figures=[8]"], "error: figures=[8] is not a list of some of 2, 3a, 3b, 4, 5, 6, 7, positions or null"),
         (["figures=[5]", "words=[[3,1]]"], "error: words=[[3,1]]: a patch has 2 rows of 2 words here; [row,column] from 1"),
         (["run=nowhere"], "nowhere: no such run directory"),
+        (["resume=latest"], "error: resume= and ablation= are of training; figures takes run=, or model=, weights= and data="),
         (["beside=dait", "beside_weights=x", "figures=[3a]"], "error: beside=dait: no such model; available: deit_b"),
         (["run=nowhere", "image=1"], "error: image=1: no such key; did you mean images or image_size?"),
     ],
