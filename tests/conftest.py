@@ -35,12 +35,7 @@ def _composed(overrides: tuple[str, ...], with_hydra: bool):
 
 
 def resolved(*overrides: str) -> dict:
-    return copy.deepcopy(_resolved(overrides))
-
-
-@functools.cache
-def _resolved(overrides: tuple[str, ...]) -> dict:
-    config = compose(*overrides)
+    config = compose(*overrides)  # what it asks of the environment and of folders may be another each time
     return {key: value for key, value in OmegaConf.to_container(config, resolve=True).items() if key not in FACTS}
 
 

@@ -302,6 +302,14 @@ def test_by_keyboard_on_a_phone_everything_is_reached_and_does_what_it_says(brow
         chosen[place][at] = 1 - chosen[place][at]
         shows(browser, explained(digits, image, **chosen, outer_head=head))
 
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    browser.drop(UPLOAD, tmp_path / "broken.png")
+    browser.until(SAID, lambda said: said.startswith("broken.png: not a readable image ("))
+    reach("number input for Patch, row")
+    browser.press("Backspace", "9", "Backspace", str(2 - chosen["patch"][0]))
+    chosen["patch"][0] = 1 - chosen["patch"][0]
+    shows(browser, explained(digits, image, **chosen, outer_head=head))
+
     image.save(tmp_path / "own.png")
     browser.chosen_file(tmp_path / "own.png", lambda: (reach("Click to upload or drop files"), browser.press("Enter")))
     browser.until(SAID, lambda said: said.startswith("own.png: most probably "))
@@ -356,12 +364,18 @@ def test_what_is_not_needed_is_not_answered(words, tmp_path):
     config = json.loads(words.answer("/config")[1])
     assert not any(one["api_name"] for one in config["dependencies"] if one.get("api_visibility") != "private")
     [upload] = [one for one in config["dependencies"] if any(event == "upload" for _, event in one["targets"])]
-    for path in (str(secret), "/etc/passwd", f"{words.url}/static/img/logo_nosize.svg"):
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        body = {"data": [file, 3, 0, 0, 1, 1, 1, 1], "fn_index": upload["id"], "session_hash": "abc"}
-        assert words.answer("/gradio_api/queue/join", body=body)[0] == 200
-        answer = words.answer("/gradio_api/queue/data?session_hash=abc")[1]
-        assert '"success":false' in answer and "no such file was sent" in answer, answer
+    elsewhere = f"{words.url}/static/img/logo_nosize.svg"
+    for path in (str(secret), "/etc/passwd", elsewhere):
+        for more in ({}, {"is_stream": True}, {"url": elsewhere}):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}, **more}
+            for inputs, said in (
+                ([file, 3, 0, 0, 1, 1, 1, 1], "no such file was sent"),
+                ([None, file, 0, 0, 1, 1, 1, 1], '"success":false'),
+            ):
+                body = {"data": inputs, "fn_index": upload["id"], "session_hash": "abc"}
+                assert words.answer("/gradio_api/queue/join", body=body)[0] == 200
+                answer = words.answer("/gradio_api/queue/data?session_hash=abc")[1]
+                assert '"success":false' in answer and said in answer, answer
     assert secret.exists() and not words.kept
 
 
@@ -374,6 +388,9 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(digits, tmp_path, monkeypat
             ((run, f"port={port}"), f"port={port}: cannot be had (Address already in use); choose another, or leave port= out"),
             ((run, "port=0"), "port=0: not a whole number from 1 to 65535"),
             ((run, "port=web"), "port=web: not a whole number from 1 to 65535"),
+            ((run, f"port={'9' * 5000}"), "not a whole number from 1 to 65535"),
+            ((run, "host=no-such-host.invalid"), "host=no-such-host.invalid: no IPv4 address; 127.0.0.1 is for this machine alone"),
+            ((run, "host=::1"), "host=::1: no IPv4 address"),
             ((run, "host=192.0.2.1"), "host=192.0.2.1: not an address of this machine; 127.0.0.1 is for it alone"),
             ((run, "share"), "share: not of the form KEY=VALUE; there are run=, model=, weights=, host= and port="),
             ((run, "share=true"), "share=: a run has its own"),
@@ -393,4 +410,6 @@ def test_two_demos_have_a_port_each_and_an_interrupt_ends_one_quietly(words, pla
     assert plain.command.ends() == 130
     out, err = plain.command.out.read_text(), plain.command.err.read_text()
     assert len(out.splitlines()) == 1 and len(err.splitlines()) == 1, (out, err)
-    assert not list(plain.place.glob("tnt-demo-*"))
+    words.command.process.send_signal(signal.SIGTERM)
+    assert words.command.ends() == 143
+    assert not [*plain.place.glob("tnt-demo-*"), *words.place.glob("tnt-demo-*")], "no file of theirs is left"

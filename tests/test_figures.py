@@ -246,6 +246,9 @@ def test_another_network_is_set_beside_it_on_the_same_pixels(run, tmp_path):
     save_file(subject.model.state_dict(), tmp_path / "weights.safetensors")
     named = figures.beside(subject, "tnt_digits", str(tmp_path / "weights.safetensors"))
     assert (again.name, named.name) == (f"{subject.name} beside it", "tnt_digits")
+    other_classes = create_model("tnt_digits", in_chans=1, num_classes=7, image_size=8)
+    save_file(other_classes.state_dict(), tmp_path / "seven.safetensors")
+    assert figures.beside(subject, "tnt_digits", str(tmp_path / "seven.safetensors")).about.startswith("Weights: seven.safetensors. head")
     pixels = figures.own_images(subject).take([0, 1])
     assert torch.allclose(figures.normalised(named.data, pixels), pixels / 127.5 - 1)  # that of a TNT whose file does not say
     images = figures.normalised(subject.data, pixels)

@@ -189,6 +189,11 @@ def test_set_input_size_resizes_positions_as_timm_does(size):
     theirs.set_input_size(size)
     model.set_input_size(size)
     torch.testing.assert_close(model.sentence_position, theirs.pos_embed)
+    same = model.sentence_position
+    model.set_input_size(size)
+    assert model.sentence_position is same, "an optimizer may have it"
+    with pytest.raises(UserError, match="30 is not a multiple of patch_size=4"):
+        model.set_input_size(30)
     assert model(images(2, size)).shape == (2, 5)
     with pytest.raises(AssertionError, match="set_input_size"):
         model(images())

@@ -7,6 +7,8 @@ attention). The page asks no other machine for anything; an image that is droppe
 import errno
 import ipaddress
 import os
+import re
+import signal
 import socket
 import sys
 import tempfile
@@ -31,6 +33,7 @@ TRIES = 100  # ports that are looked at where none is given
 LARGEST = "64mb"  # of a file that is sent
 TOP = 5  # classes
 SAMPLES = 8
+PAGES = 64  # whose images are in memory
 # Of what Gradio answers, files by their path among it, the page needs this alone.
 API, OPEN = "/gradio_api/", ("upload", "queue/", "heartbeat/", "cancel", "reset")
 # Whatever Gradio's own files may ask for, a browser asks nobody but this server.
@@ -64,6 +67,7 @@ def _demo(words: list[str]) -> None:
     if others:
         raise UserError(f"{others[0]}: not of the form KEY=VALUE; there are run=, model=, weights=, host= and port=")
     host = keys.pop("host", HOST)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the folder goes, too
     with listening(host, keys.pop("port", None)) as listener, tempfile.TemporaryDirectory(prefix="tnt-demo-") as uploads:
         # Before Gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
@@ -87,13 +91,15 @@ def is_loopback(host: str) -> bool:
 
 def listening(host: str, port: str | None) -> socket.socket:
     """A socket at that port, which must be free, or at the first free one from PORT. UserError where there is none."""
-    if port is not None and not (port.isdecimal() and 1 <= int(port) <= 65535):
+    if port is not None and not (re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535):
         raise UserError(f"port={port}: not a whole number from 1 to 65535")
+    try:
+        socket.getaddrinfo(host or None, None, socket.AF_INET)
+    except (socket.gaierror, UnicodeError):
+        raise UserError(f"host={host}: no IPv4 address; {HOST} is for this machine alone, 0.0.0.0 for the network") from None
     for number in range(PORT, PORT + TRIES) if port is None else [int(port)]:
         try:
             return socket.create_server((host, number))
-        except socket.gaierror:
-            raise UserError(f"host={host}: no IPv4 address; {HOST} is for this machine alone, 0.0.0.0 for the network") from None
         except OSError as error:
             if error.errno == errno.EADDRNOTAVAIL:
                 raise UserError(f"host={host}: not an address of this machine; {HOST} is for it alone, 0.0.0.0 for the network") from None
@@ -155,6 +161,7 @@ def sample_images(network: "Trained") -> "list[tuple[str, Tensor]]":
 
     if network.run is None:
         return []
+    network.data.download = False
     try:
         found = own_images(network)
         places = found.spread(SAMPLES)
@@ -165,7 +172,7 @@ def sample_images(network: "Trained") -> "list[tuple[str, Tensor]]":
 
 
 def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: Path) -> "Blocks":
-    """Of one network. An image is held in memory, for the session of the browser that it came from.
+    """Of one network. An image is held in memory, until PAGES others have been opened.
 
     uploads: the folder where Gradio puts files, which are removed as soon as they are read
     """
@@ -217,16 +224,23 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         try:
             pixels = network.images([file])[0][0]  # type: ignore[index]
         except BrokenImage as error:
-            return [None, _status(f"{name}: not a readable image ({error.why})", alert=True), *[gr.skip()] * (len(of_an_image) - 1)]
+            said = _status(f"{name}: not a readable image ({error.why})", alert=True)
+            # Those of a slider would make it anew, without its own preprocess.
+            return [None, said, gr.skip(), gr.skip(), *(chosen[3:5] if is_tnt else ()), *[gr.skip()] * len(figures)]
         finally:
             Path(file).unlink(missing_ok=True)
         return [None, *shown(name, pixels, *chosen)]
 
-    async def received(file: Any) -> str:
-        """Of a mounted page Gradio would take any file of this machine that a request names, or fetch an address."""
-        if not Path(file).resolve().is_relative_to(uploads):
+    def sent(payload: Any) -> str:
+        """The file of an upload. A request can name any file of this machine."""
+        file = Path(payload.path).resolve() if payload else uploads
+        if not (file.is_relative_to(uploads) and file.is_file()):
             raise gr.Error("no such file was sent")
         return str(file)
+
+    async def as_named(file: Any, *_: Any) -> Any:
+        """Of a mounted page Gradio would copy any file of this machine that a request names, or fetch an address: `sent` has the word."""
+        return file
 
     def sampled(event: gr.EventData, *chosen: Any) -> list[Any]:
         name, pixels = samples[_place(event, (len(samples),))[0]]
@@ -260,15 +274,16 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
         return gr.HTML(js_on_load=CHOSEN, apply_default_css=False, elem_id=name, elem_classes="figure")
 
     kind = escape(type(model).__name__)
-    # A path of this machine is nobody's business.
-    source = f"{network.run.name}, {Path(network.source).name}" if network.run else Path(network.source).name
-    with gr.Blocks(title=f"{source}: what it sees", analytics_enabled=False, delete_cache=(60, 60), fill_width=True) as blocks:
+    with gr.Blocks(title=f"{network.name}: what it sees", analytics_enabled=False, delete_cache=(60, 60), fill_width=True) as blocks:
         state = gr.State(None)
-        gr.HTML(f"<h1>What a {kind} sees</h1><p>Network: {escape(source)}.{HOW if is_tnt else ''}</p>", elem_classes="title")
+        gr.HTML(
+            f"<h1>What a {kind} sees</h1><p>{escape(network.name)}. {escape(network.about)}{HOW if is_tnt else ''}</p>",
+            elem_classes="title",
+        )
         with gr.Row():
             with gr.Column(min_width=300):
                 upload: Any = gr.File(label="Drop an image here, or choose a file", file_types=["image"], height=160)
-                upload.async_move_resource_to_block_cache = received
+                upload.preprocess = sent
                 if samples:
                     chooser = gr.HTML(_samples(samples), js_on_load=CHOSEN, apply_default_css=False)
                 status = gr.HTML(_status("No image yet."), apply_default_css=False)
@@ -309,6 +324,9 @@ def page(network: "Trained", samples: "Sequence[tuple[str, Tensor]]", uploads: P
                 view.select(patch_chosen, [state, *controls], [row, column, *figures], **quiet)
             for view in (word, words):
                 view.select(word_chosen, [state, *controls], [word_row, word_column, *figures], **quiet)
+    for component in blocks.blocks.values():
+        component.async_move_resource_to_block_cache = as_named  # type: ignore[union-attr, unused-ignore]
+    blocks.state_session_capacity = PAGES
     return blocks
 
 

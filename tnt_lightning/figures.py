@@ -252,7 +252,7 @@ def beside(trained: "Trained", name: str | None, source: str) -> "Trained":
         if name not in model_names():
             raise UserError(f"beside={name}: no such model; available: {', '.join(model_names())}")
         sides: Any = {key: size for key, value in files("model")[name]["model"].items() if value == "${image_size}"}
-        other = of_weights(name, source, dict(in_chans=chans, num_classes=trained.data.num_classes, **sides))
+        other = of_weights(name, source, dict(in_chans=chans, num_classes=trained.data.num_classes, **sides), any_head=True)
     if other.data.input_size != trained.data.input_size:
         raise UserError(
             f"beside_weights={source}: images of {other.data.input_size} (channels, height, width) there, {trained.data.input_size} here"

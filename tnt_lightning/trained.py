@@ -1,6 +1,7 @@
 """A trained network, with what is needed to use it: how images are prepared for it, and what its classes are called."""
 
 import functools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ class Trained(NamedTuple):
 
     def named(self, label: int) -> str:
         """The name of a class as a person reads it; its number where it has none."""
-        return str(label) if self.classes is None else described(self.classes[label])
+        return str(label) if self.classes is None else _described(self.classes[label])
 
     def images(self, files: Sequence[str]) -> Transformed:
         """(uint8 pixels (C, height, width), 0) of each: as a person sees them, turned as the camera says, and then prepared as evaluation
@@ -90,17 +91,15 @@ def of_a_run(path: str | Path, overrides: Sequence[str] = ()) -> Trained:
     return Trained(str(file), model, data, directory.name, about, classes, directory, config)
 
 
-def of_weights(name: str, source: str, knobs: Mapping[str, Any]) -> Trained:
-    """Weights from anywhere in a model of conf/model/, with the pixels that they go with."""
+def of_weights(name: str, source: str, knobs: Mapping[str, Any], *, any_head: bool = False) -> Trained:
+    """Weights from anywhere in a model of conf/model/, with the pixels that they go with; any_head: where only features are looked at."""
     model = create_model(name, **knobs).eval()
-    loaded = with_their_head(model, source, "num_classes=N is the model's")
+    loaded = load_weights(model, source) if any_head else with_their_head(model, source, "num_classes=N is the model's")
     sizes = [knobs[knob] for knob in ("image_size", "img_size") if knob in knobs]
     size: Any = sizes[0] if sizes else OmegaConf.load(CONF / "model" / f"{name}.yaml").image_size
     classes: Any = model.num_classes
     data = ImageDataModule(image_size=size, in_chans=knobs.get("in_chans", 3), num_classes=classes, **loaded.preprocessing)
-    imagenet = loaded.published is not None and classes == 1000
-    names = _imagenet().label_names() if imagenet else None
-    return Trained(loaded.name, model, data, name, _about(loaded), names, published=loaded.published if imagenet else None)
+    return Trained(loaded.name, model, data, name, _about(loaded), **_imagenets(loaded, classes))
 
 
 def of_composed(config: dict[str, Any], name: str, kept: set[str]) -> Trained:
@@ -112,7 +111,8 @@ def of_composed(config: dict[str, Any], name: str, kept: set[str]) -> Trained:
         about = "Weights: random; this network has learned nothing (weights=SOURCE)."
         return Trained("random", model, build_data(config), name, about)
     loaded = with_their_head(model, source, "choose the data that the weights were trained for")
-    return Trained(loaded.name, model, build_data(with_pixels(config, loaded, kept)), name, _about(loaded), published=loaded.published)
+    data = build_data(with_pixels(config, loaded, kept))
+    return Trained(loaded.name, model, data, name, _about(loaded), **_imagenets(loaded, data.num_classes))
 
 
 def with_pixels(config: dict[str, Any], loaded: Weights, kept: set[str]) -> dict[str, Any]:
@@ -129,7 +129,15 @@ def with_their_head(model: nn.Module, source: str, cure: str) -> Weights:
 
 
 def _about(loaded: Weights) -> str:
-    return " ".join([f"Weights: {loaded.name}.", *(f"{change}." for change in loaded.changes)])
+    name = Path(loaded.name).name if Path(loaded.name).exists() else loaded.name
+    return " ".join([f"Weights: {name}.", *(f"{change}." for change in loaded.changes)])
+
+
+def _imagenets(loaded: Weights, classes: int) -> dict[str, Any]:
+    """What is known of published weights for ImageNet-1k."""
+    if loaded.published is None or classes != 1000:
+        return {}
+    return dict(classes=_imagenet().label_names(), published=loaded.published)
 
 
 def _value(knob: str, text: str) -> Any:
@@ -145,7 +153,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     others = []
     for word in words:
         key, equals, value = word.partition("=")
-        if not equals or not re.fullmatch("[a-z_]+", key) or Path(word).exists():
+        if not equals or not re.fullmatch("[a-z_]+", key) or os.path.exists(word):  # Path.exists() raises for a name that is too long
             others.append(word)
         elif key in keys:
             raise UserError(f"{word}: {key}= is given twice")
@@ -154,7 +162,7 @@ def split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return keys, others
 
 
-def described(name: str) -> str:
+def _described(name: str) -> str:
     """ImageNet's classes are called by their WordNet ids in all its layouts."""
     if not re.fullmatch(r"n\d{8}", name):
         return name

@@ -43,7 +43,8 @@ class Parameters(NamedTuple):
 
 
 def fuses(words: Tensor, *, num_heads: int, hidden: int, weights: torch.dtype, kernel: str, otherwise: Callable[[], str] = str) -> bool:
-    """Whether `fused` computes this block: by kernel="auto" where it can, by "triton" always, or a UserError says why it cannot.
+    """Whether `fused` computes this block: by kernel="auto" where it can, by "triton" always, or a UserError says why it cannot. Not asked
+    of "eager".
 
     hidden: units of the MLP's hidden layer; weights: the dtype of the parameters; otherwise: what else the caller has against it, or ""
     Where a GPU is left unused by auto, the log says why, once; without a GPU there is nothing to say.

@@ -105,6 +105,8 @@ class ClassTokenBackbone(nn.Module):
         size = knobs.check_image(img_size, self.stride, what=STRIDE)
         before, now = self.positions(self.image_size), self.positions(size)
         for name, (grid, prefix) in now.items():
+            if grid == before[name][0]:
+                continue  # an optimizer may have it
             old = getattr(self, name)
             resized = resample_abs_pos_embed(old.detach(), list(grid), list(before[name][0]), num_prefix_tokens=prefix)
             setattr(self, name, nn.Parameter(resized, old.requires_grad) if isinstance(old, nn.Parameter) else resized)

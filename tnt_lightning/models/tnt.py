@@ -475,4 +475,5 @@ class TNT(ClassTokenBackbone):
         """Take images of another size, as above; the words fix the patches."""
         if patch_size not in (None, self.patch_size):
             raise UserError(f"patch_size={patch_size}: the words of a trained model fix its patches at {self.patch_size}")
-        super().set_input_size(img_size)
+        if img_size is not None:
+            super().set_input_size(knobs.check_image(img_size, self.patch_size))
