@@ -8,6 +8,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 
 from tnt_lightning import create_model
+from tnt_lightning.errors import UserError
 from tnt_lightning.models import TNT
 from tnt_lightning.models.cost import flops, parameters
 
