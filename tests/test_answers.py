@@ -187,6 +187,7 @@ def test_evaluate_answers_too(said, finished, arguments, line):
     assert answered.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_refused_run_takes_only_its_own_away(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("mine.log", "notes.txt"):

@@ -100,6 +100,7 @@ def test_nothing_to_measure_is_said(tmp_path):
     assert done.stderr.startswith("error: nothing: name what to measure first: model, kernel, data, train; such as")
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_beside_timms_twin_and_others(tmp_path):
     small = ("image_size=32", "images=2", "model.depth=1", "rounds=2", "beside=[timm,deit_ti,resnet50]")
     done = command("benchmark", "model", "model=tnt_ti", *small, "compiled=false", "out=here", cwd=tmp_path)
@@ -135,6 +136,7 @@ def test_the_twin_is_the_same_network(name):
         assert words().pixel_pos.shape[-2:] == (2, 2) or words().pixel_pos.shape[1] == 4
 
 
+@pytest.mark.slow
 def test_the_inner_block_is_measured_beside_what_the_device_does(tmp_path):
     done = command("benchmark", "kernel", "model=tnt_ti", "patches=4", "rounds=2", "compiled=false", "out=here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -151,6 +153,7 @@ def test_a_large_product_and_a_copy_are_the_ceilings():
     assert 1e9 < found.flops < 1e13 and 1e8 < found.bytes < 1e13
 
 
+@pytest.mark.slow
 def test_whole_steps_are_measured_beside_a_bare_loop(tmp_path):
     small = ("rounds=2", "steps=3", "data.batch_size=16", "model.depth=1", "recipe.clip_grad=1.0")
     done = command("benchmark", "train", *small, "out=here", cwd=tmp_path)

@@ -110,6 +110,7 @@ def test_weights_of_another_network_are_listed(tmp_path, finished):
         train(tmp_path / "run", f"weights={finished}", *other)
 
 
+@pytest.mark.slow
 def test_a_directory_with_a_run_is_not_written_over(finished):
     before = {file: file.read_bytes() for file in finished.rglob("*") if file.is_file() and file.name != "train.log"}
     for overrides, code, words in (
@@ -176,6 +177,7 @@ def test_a_sweep_of_inner_heads(tmp_path):
         assert seen.inner[1].shape == (4, heads, 4, 4)
 
 
+@pytest.mark.slow
 def test_in_a_sweep_by_hydras_own_launcher_the_other_jobs_go_on(tmp_path):
     basic = ("hydra/launcher=basic", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     done = command("train", "-m", "inner_heads=5,2", "trainer=debug", *basic, cwd=tmp_path)
@@ -184,6 +186,7 @@ def test_in_a_sweep_by_hydras_own_launcher_the_other_jobs_go_on(tmp_path):
     assert not (tmp_path / "sweep" / "inner_heads=5" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_an_ablation_sweeps_its_grid(tmp_path):
     done = command("train", "-m", "ablation=tnt_blocks", "trainer=debug", f"hydra.sweep.dir={tmp_path / 'sweep'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -163,6 +163,7 @@ def logged(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_one_line_says_how_to_upload_it(logged):
     assert runs.result_of(logged)["devices"] == 2
     [line] = lines((logged.parent / "shown.txt").read_text())
@@ -248,6 +249,7 @@ def test_colour_and_names_of_classes(tmp_path, nobody):
 # ---- many runs
 
 
+@pytest.mark.slow
 def test_the_jobs_of_a_sweep_are_a_group_and_a_run_each(tmp_path):
     sweep = tmp_path / "heads"
     overrides = ("inner_heads=1,2", "trainer=debug", "logger.tags=[mine]", "logger.images_every=0")

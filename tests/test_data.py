@@ -272,6 +272,7 @@ print([batch.tolist() for batch in loader], len(forks.read_text()))
 """
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_hangs_in_its_fork_is_forked_anew(tmp_path, imagenet):
     (tmp_path / "forks").touch()
     done = subprocess.run([sys.executable, "-c", STUCK, str(tmp_path / "forks")], capture_output=True, text=True, timeout=100)

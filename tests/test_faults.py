@@ -120,6 +120,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_in_training(tmp_path):
     run = tmp_path / "run"
     line = [sys.executable, "-m", "tnt_lightning.train", "data.num_workers=1", "recipe.epochs=500", "trainer.enable_progress_bar=false"]
@@ -296,6 +297,7 @@ def limited(place: Path, size: int, line: list[str], kept: Path) -> subprocess.C
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kib", [16, 9 * 2**10], ids=["not for a log", "for one checkpoint of two"])
 def test_a_run_on_a_disk_that_becomes_full(tmp_path, kib):
     run = tmp_path / "disk" / "run"

@@ -40,6 +40,7 @@ def test_a_users_own_configurations(tmp_path, mine, way):
     assert "outer_dim: 48" in shown and "seed: 7" in shown
 
 
+@pytest.mark.slow
 def test_a_users_own_model_trains_and_is_named_in_answers(tmp_path, mine):
     quick = ("trainer=debug", "trainer.enable_progress_bar=false", "logger=csv", f"hydra.run.dir={tmp_path / 'run'}")
     run(TRAIN, "--config-dir", mine, "model=little", *quick, cwd=tmp_path)

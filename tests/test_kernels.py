@@ -161,6 +161,7 @@ def test_another_model_has_no_such_key(ended):
 # ---- the kernels themselves
 
 
+@pytest.mark.slow
 @needs_triton
 def test_they_are_right_in_tritons_interpreter():
     """In a process of its own: Triton asks for TRITON_INTERPRET when it is imported, which torch may have done here."""

@@ -161,6 +161,7 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_explodes_ends_in_one_line(tmp_path):
     explode = ("optimizer=sgd", "optimizer.lr=1e4", "recipe.clip_grad=null", "recipe.epochs=2", "recipe.warmup_epochs=0", "logger=csv")
     done = command("train", *explode, f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)

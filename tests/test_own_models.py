@@ -92,6 +92,7 @@ def test_nothing_is_imported_that_was_not_named(mine, monkeypatch, allow):
     assert not (mine / "imported").exists()
 
 
+@pytest.mark.slow
 def test_a_file_cannot_name_it(mine, finished, tmp_path, monkeypatch):
     """The word is of the environment: whatever a configuration holds, nothing of it counts as one."""
     monkeypatch.delenv(ALLOWED, raising=False)

@@ -102,6 +102,7 @@ def test_a_rank_that_stands_still_ends_the_run_at_the_time_out(start, rank):
 # ---- ranks of unlike speed
 
 
+@pytest.mark.slow
 def test_the_ranks_wait_for_the_best_checkpoint_of_the_first(start, tmp_path):
     (tmp_path / "slow.py").write_text(
         "import time\nfrom tnt_lightning import runs, train\ncopy = runs.copy\n"

@@ -112,6 +112,7 @@ def went_on(run: Path, *overrides: str) -> Started:
 # ---- a process that dies
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_to_the_same_bits(cut, whole):
     assert "goes on from" in went_on(cut).said and re.search(r"step (10|12) \(1 epochs and [24] batches done\)", went_on_line(cut))
     assert soak.differences(whole, cut) == []
@@ -220,6 +221,7 @@ def test_a_run_that_is_cut_off_after_its_last_step_is_only_tested(cut, whole):
     assert {k: v for k, v in a.items() if k != "wall_s"} == {k: v for k, v in b.items() if k != "wall_s"}
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_last_checkpoint(tmp_path):
     """TMPDIR lies on another file system, over which Lightning's own saving copies onto the final name."""
     elsewhere = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
@@ -283,6 +285,7 @@ def test_where_no_checkpoint_is_whole_all_are_listed(cut, tmp_path):
     assert "Traceback" not in again.said
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(cut, whole):
     """It goes on from previous.ckpt, cannot write, and goes on again."""
     last = runs.checkpoint_path(cut, "last")
@@ -297,6 +300,7 @@ def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(cut, whole
     assert soak.differences(whole, cut) == []
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_be_written_leaves_the_one_before(cut):
     before = {file: file.read_bytes() for file in cut.rglob("*") if file.is_file()}
     small = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)); from tnt_lightning.train import main; main()"
@@ -726,6 +730,7 @@ def test_a_flipped_bit_is_not_evaluated(cut):
         load_run(file)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_measurement_without_a_traceback(whole, tmp_path):
     line = [sys.executable, "-m", "tnt_lightning.evaluate", f"run={whole}"]
     measuring = subprocess.Popen(line, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)

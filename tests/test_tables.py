@@ -58,6 +58,7 @@ def read(printed: str) -> dict[str, tuple[list[dict[str, str]], list[str]]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_figure_of_the_paper_is_there(whole):
     found = {number: rows for number, (rows, _) in read(whole).items()}
     assert list(found) == NUMBERS

@@ -240,6 +240,7 @@ def test_weights_start_another_run(tmp_path, finished):
     assert all(torch.allclose(tensor, best[name], atol=1e-6) for name, tensor in weights(tmp_path / "run").items())
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     """Cut off after an epoch and continued in another directory: weights, average, optimizer, best checkpoint."""
     plan = ("recipe.epochs=4", "recipe.drop_path_rate=0.1", "+recipe.augmentation.mixup=0.8")
@@ -265,6 +266,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     assert {k: v for k, v in resumed.items() if "/" in k} == {k: v for k, v in whole.items() if "/" in k}
 
 
+@pytest.mark.slow
 def test_resume_of_a_moved_run_keeps_its_best_checkpoint_and_takes_the_new_plan(tmp_path, finished):
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
@@ -277,6 +279,7 @@ def test_resume_of_a_moved_run_keeps_its_best_checkpoint_and_takes_the_new_plan(
     assert {group["weight_decay"] for group in weights(tmp_path / "run", key="optimizer_states")[0]["param_groups"]} == {0, 1e9}
 
 
+@pytest.mark.slow
 def test_a_run_without_validation_and_from_weights_is_continued_by_the_same_overrides(tmp_path, finished, capsys):
     same = (f"weights={finished}", "+trainer.limit_val_batches=0")
     train(tmp_path / "cut", *same)

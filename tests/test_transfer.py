@@ -89,6 +89,7 @@ def test_an_experiment_is_the_papers_fine_tuning_and_says_what_it_comes_to(name,
 # ---- end to end
 
 
+@pytest.mark.slow
 def test_a_run_on_some_classes_is_fine_tuned_on_others_at_another_size(pretrained, tmp_path, capsys):
     capsys.readouterr()
     result = train(tmp_path / "run", "experiment=transfer_digits", f"weights={pretrained}", "recipe.epochs=3", *FEW)
