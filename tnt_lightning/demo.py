@@ -67,7 +67,6 @@ def _demo(words: list[str]) -> None:
     if others:
         raise UserError(f"{others[0]}: not of the form KEY=VALUE; there are run=, model=, weights=, host= and port=")
     host = keys.pop("host", HOST)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the folder goes, too
     with listening(host, keys.pop("port", None)) as listener, tempfile.TemporaryDirectory(prefix="tnt-demo-") as uploads:
         # Before Gradio is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
@@ -76,6 +75,7 @@ def _demo(words: list[str]) -> None:
             samples = sample_images(network)
         if not is_loopback(host):
             print(f"note   host={host}: everyone on the network can reach this page, and send images to this machine", file=sys.stderr)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # on the way out the folder goes, too
         serve(page(network, samples, Path(uploads).resolve()), listener)
 
 
