@@ -302,14 +302,6 @@ def test_by_keyboard_on_a_phone_everything_is_reached_and_does_what_it_says(brow
         chosen[place][at] = 1 - chosen[place][at]
         shows(browser, explained(digits, image, **chosen, outer_head=head))
 
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    browser.drop(UPLOAD, tmp_path / "broken.png")
-    browser.until(SAID, lambda said: said.startswith("broken.png: not a readable image ("))
-    reach("number input for Patch, row")
-    browser.press("Backspace", "9", "Backspace", str(2 - chosen["patch"][0]))
-    chosen["patch"][0] = 1 - chosen["patch"][0]
-    shows(browser, explained(digits, image, **chosen, outer_head=head))
-
     image.save(tmp_path / "own.png")
     browser.chosen_file(tmp_path / "own.png", lambda: (reach("Click to upload or drop files"), browser.press("Enter")))
     browser.until(SAID, lambda said: said.startswith("own.png: most probably "))
