@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -284,6 +284,17 @@ def composed(overrides: list[str], config_name: str = "config") -> DictConfig | 
         return None
     finally:
         GlobalHydra.instance().clear()
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """What a command without Hydra does: a mistake ends it in one line, Ctrl-C quietly."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 class Parser(argparse.ArgumentParser):

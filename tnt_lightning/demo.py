@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered
 from tnt_lightning.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -48,12 +48,8 @@ def main() -> None:
     )
     parser.add_argument("words", metavar="KEY=VALUE", nargs="+", help=keys)
     arguments = parser.parse_args()
-    try:
+    with answered():
         _demo(arguments.words)
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _demo(words: list[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tnt_lightning import __version__
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered
 from tnt_lightning.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -36,12 +36,8 @@ def main() -> None:
     )
     parser.add_argument("words", metavar="KEY=VALUE", nargs="+", help=keys)
     arguments = parser.parse_args()
-    try:
+    with answered():
         _export(arguments.words)
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
 
 
 def _export(words: list[str]) -> None:

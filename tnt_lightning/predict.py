@@ -20,7 +20,7 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from tnt_lightning import runs, trees
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered, fail
 from tnt_lightning.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -60,12 +60,8 @@ def main() -> None:
     for name in ("top", "batch_size"):
         if (value := getattr(arguments, name)) < 1:
             fail(f"--{name.replace('_', '-')} {value}: at least 1")
-    try:
+    with answered():
         broken = _predict(arguments)
-    except UserError as error:
-        fail(str(error))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
     if broken:
         raise SystemExit(1)
 
@@ -185,6 +181,8 @@ def overlays(model: Any, inputs: "Tensor", pixels: "Tensor") -> "list[Image]":
     import torch.nn.functional as F
     from torchvision.transforms.v2.functional import to_pil_image
 
+    from tnt_lightning.pictures.views import RED
+
     last = len(model.blocks)
     _, seen = model.explain(inputs, blocks=[last])
     attended = seen.outer[last].mean(1)[:, 0, 1:].float().cpu()  # (B, heads, 1+N, 1+N) -> (B, N)
@@ -192,7 +190,7 @@ def overlays(model: Any, inputs: "Tensor", pixels: "Tensor") -> "list[Image]":
     share = ((attended - least) / (most - least).clamp(min=1e-12)).reshape(len(pixels), 1, *model.grid_size)
     times = -(-VISIBLE // min(pixels.shape[2:]))
     large = pixels.float().expand(-1, 3, -1, -1).repeat_interleave(times, 2).repeat_interleave(times, 3)
-    red = 0.6 * F.interpolate(share, large.shape[2:], mode="bilinear")
+    red = RED * F.interpolate(share, large.shape[2:], mode="bilinear")
     large = large * (1 - red)
     large[:, 0] += 255 * red[:, 0]
     return [to_pil_image(picture.round().byte()) for picture in large]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from tnt_lightning import runs
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered
 from tnt_lightning.config import text
 from tnt_lightning.errors import UserError
 from tnt_lightning.results import COLUMNS, FIGURES, Results, collect, table
@@ -22,13 +22,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the report is written; by default DIR, and of several the current directory")
     arguments = parser.parse_args()
     out = arguments.out or (arguments.places[0] if len(arguments.places) == 1 else Path())
-    try:
+    with answered():
         results = collect(arguments.places)
         show(results)
         for file in write(results, out):
             print(f"written {file}")
-    except UserError as error:
-        fail(str(error))
 
 
 def show(results: Results) -> None:

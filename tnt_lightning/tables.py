@@ -18,9 +18,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tnt_lightning import CONF
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered, fail
 from tnt_lightning.config import text
-from tnt_lightning.errors import UserError, one_line
+from tnt_lightning.errors import one_line
 from tnt_lightning.results import PAPER, Place, Results, Row, collect, files, place, with_deviation
 
 TITLES = {
@@ -81,10 +81,8 @@ def main() -> None:
     for number in given.numbers:
         if number not in map(str, TITLES):
             fail(f"{number}: no such table here; available: {available}")
-    try:
+    with answered():
         show([int(number) for number in dict.fromkeys(given.numbers)] or list(TITLES), collect(given.runs) if given.runs else None)
-    except UserError as error:
-        fail(str(error))
 
 
 # ---- the rows

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from tnt_lightning import CONF, runs
-from tnt_lightning.cli import Parser, fail
+from tnt_lightning.cli import Parser, answered
 from tnt_lightning.config import KNOBS
 from tnt_lightning.errors import UserError
 
@@ -28,11 +28,9 @@ def main() -> None:
     parser.add_argument("--entity", help="a user or team; by default yours")
     parser.add_argument("--out", type=Path, help="write JSON into this directory, and send nothing to W&B")
     given = parser.parse_args()
-    try:
+    with answered():
         for line in publish(project=given.project, entity=given.entity, out=given.out):
             print(line)
-    except UserError as error:
-        fail(str(error))
 
 
 def publish(*, project: str, entity: str | None = None, out: Path | None = None) -> list[str]:

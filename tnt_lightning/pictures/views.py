@@ -19,7 +19,7 @@ from tnt_lightning.pictures.draw import unread, words_across
 from tnt_lightning.pictures.maps import Grid
 
 SMOOTH = 128  # pixels a side from which an image is shown as a photo; a smaller one is shown as the squares that it is made of
-RED = 0.6  # how much of a cell the largest value of a map covers, as in `predict --attention`
+RED = 0.6  # how much of a cell the largest value of a map covers, here and in `predict --attention`
 GAP = 0.08  # between the patches of `by_word`, of a patch
 MOST = 3  # places that a caption names
 
